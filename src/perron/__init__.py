@@ -1,0 +1,21 @@
+"""Perron: equilibrium networks whose fixed points come with a proof."""
+
+from perron import activations, constraints, enclosure, nn, solvers
+from perron.certificates import Certificate, certify
+from perron.solvers import ConvergenceError, ConvergenceWarning, Picard, Solution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Picard",
+    "Solution",
+    "activations",
+    "certify",
+    "constraints",
+    "enclosure",
+    "nn",
+    "solvers",
+]

@@ -1,0 +1,489 @@
+"""Cells f(z; b) as plain functions of tensors: read once from a module, then evaluated, cast, differentiated.
+
+A cell whose structure is known becomes a `Chain` of steps: nonnegative affine maps, one `Inject` (adds the injection b)
+and activations with declared facts. Any other module becomes an `Opaque` cell, which can be evaluated and
+differentiated but about which nothing is proven.
+
+Rounding. On nonnegative operands a sum of n products has relative error at most gamma_n = n u/(1 - n u) in whatever
+order it is summed, and nonnegative concave activations do not amplify relative errors. So one number per chain,
+`Rounding.relative`, bounds the relative error of every entry of f(z); `Rounding.absolute` accounts for underflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from perron.activations import ACTIVATIONS, Activation, get_activation
+
+__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Opaque", "Refusal", "Rounding", "as_map", "trace"]
+
+Side = Literal["upper", "lower"]
+
+
+class Refusal(ValueError):
+    """Why a cell's structure, or a proof about it, could not be verified."""
+
+
+class Inject(nn.Module):
+    """Marks where a cell adds its injection: inside `nn.Sequential(Linear, Inject(), Activation)`, v -> v + b."""
+
+    def forward(self, v: Tensor, injection: Tensor | None = None) -> Tensor:
+        if injection is None:
+            raise RuntimeError("Inject only has a meaning inside the cell of an equilibrium layer")
+        return v + injection
+
+
+class Activate(nn.Module):
+    """An activation of `perron.activations` as a module, for use in a cell.
+
+    >>> Activate("erf")(torch.zeros(1))
+    tensor([0.])
+    """
+
+    def __init__(self, activation: str | Activation) -> None:
+        super().__init__()
+        self.activation = get_activation(activation)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.activation(v)
+
+    def extra_repr(self) -> str:
+        return repr(self.activation.name)
+
+    def __reduce__(self) -> Any:
+        # Activations hold functions that cannot be pickled; the name says it all.
+        if ACTIVATIONS.get(self.activation.name) is self.activation:
+            return _rebuild_activate, (self.activation.name, self.training)
+        return super().__reduce__()
+
+
+def _rebuild_activate(name: str, training: bool) -> Activate:
+    return Activate(name).train(training)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """|computed f(z) - f(z)| <= relative * f(z) + absolute, entrywise."""
+
+    relative: float
+    absolute: float
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(n: int, dtype: torch.dtype) -> float:
+    """n u/(1 - n u): relative error of n roundings (Higham, Accuracy and Stability, section 3.1)."""
+    nu = n * unit_roundoff(dtype)
+    return nu / (1 - nu) if nu < 0.5 else math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class AffineStep:
+    """v -> A v + c with A fixed by `weight` (None for pooling) and c by `bias`."""
+
+    apply: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    terms: int
+    dense: bool = False
+    # A's action on a constant over space: (out, in), whose spectral radius bounds A's.
+    channels: Callable[[Tensor | None], Tensor | None] = lambda weight: None
+    positive: Callable[[Tensor | None], bool] = lambda weight: True
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.apply(v, self.weight, self.bias)
+
+    def linear(self, v: Tensor) -> Tensor:
+        """A v, without the bias."""
+        return self.apply(v, self.weight, None)
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """A^T g, where A acts on tensors of `shape`."""
+        if self.dense and self.weight is not None:
+            return g @ self.weight
+        with torch.enable_grad():
+            v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
+            return torch.autograd.grad(self.linear(v), v, g)[0]
+
+
+@dataclass(frozen=True)
+class InjectStep:
+    def __call__(self, v: Tensor, injection: Tensor) -> Tensor:
+        return v + injection
+
+
+@dataclass(frozen=True)
+class ActivationStep:
+    activation: Activation
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.activation(v)
+
+
+Step = AffineStep | InjectStep | ActivationStep
+
+
+class Linearization(Protocol):
+    """The Jacobian J of a cell at a point, as an operator on (batch, ...) tensors."""
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """J w."""
+
+    def rmatvec(self, g: Tensor) -> Tensor:
+        """J^T g."""
+
+
+class Map(Protocol):
+    """f(z; b), a function of the tensors it was read with."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def rebind(self, tensors: Sequence[Tensor]) -> Map: ...
+
+    def __call__(self, z: Tensor, injection: Tensor) -> Tensor: ...
+
+    def linearize(self, z: Tensor, injection: Tensor) -> Linearization: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- chain
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A cell of known structure: steps applied from left to right."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
+        for step in self.steps:
+            z = step(z, injection) if isinstance(step, InjectStep) else step(z)
+        return z
+
+    @property
+    def affine(self) -> tuple[AffineStep, ...]:
+        return tuple(s for s in self.steps if isinstance(s, AffineStep))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for s in self.affine for t in (s.weight, s.bias) if t is not None)
+
+    def rebind(self, tensors: Sequence[Tensor]) -> Chain:
+        rest = iter(tensors)
+        return Chain(
+            tuple(
+                replace(
+                    s,
+                    weight=None if s.weight is None else next(rest),
+                    bias=None if s.bias is None else next(rest),
+                )
+                if isinstance(s, AffineStep)
+                else s
+                for s in self.steps
+            )
+        )
+
+    def to(self, dtype: torch.dtype) -> Chain:
+        return self.rebind([t.to(dtype) for t in self.tensors])
+
+    @property
+    def last_activation(self) -> Activation | None:
+        last = self.steps[-1]
+        return last.activation if isinstance(last, ActivationStep) else None
+
+    @property
+    def supremum(self) -> float:
+        """A constant super-solution, f(supremum) <= supremum; inf when the chain gives none."""
+        return math.inf if self.last_activation is None else self.last_activation.supremum
+
+    def rounding(self, dtype: torch.dtype) -> Rounding:
+        """Rounding error of one evaluation of this chain in `dtype`. One host synchronisation per affine step."""
+        relative, absolute, tiny = 0.0, 0.0, torch.finfo(dtype).tiny
+        for step in self.steps:
+            if isinstance(step, AffineStep):
+                norm = 1.0
+                if step.weight is not None and step.weight.numel():
+                    norm = float(step.weight.detach().flatten(1).double().sum(1).max())
+                relative = (1 + relative) * (1 + gamma(step.terms + 2, dtype)) - 1
+                absolute = 2 * norm * absolute + 2 * (step.terms + 2) * tiny
+            elif isinstance(step, ActivationStep):
+                relative = (1 + relative) * (1 + gamma(step.activation.ulps, dtype)) - 1
+                absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
+            else:
+                relative = (1 + relative) * (1 + gamma(1, dtype)) - 1
+                absolute = 2 * absolute + tiny
+        return Rounding(relative, absolute)
+
+    def trustworthy_in(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why sums in `dtype` on `device` may not obey `rounding`; None where they do."""
+        if dtype == torch.float64:
+            return None
+        if dtype != torch.float32:
+            return f"rounding in {dtype} is not bounded here; verify in float64"
+        if any(not s.dense and s.weight is not None for s in self.affine):
+            return "float32 convolutions may use transforms with subtractions; verify in float64"
+        if device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+            return "float32 products may be computed with shorter mantissas; verify in float64"
+        return None
+
+    def linearize(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
+        """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included."""
+        dtype = z.dtype
+        slack = 0.0 if side is None else self.rounding(dtype).relative
+        shapes: list[torch.Size] = []
+        diagonals: list[Tensor | None] = []
+        v = z
+        for step in self.steps:
+            shapes.append(v.shape)
+            diagonal = None
+            if isinstance(step, ActivationStep):
+                a = step.activation
+                if side is None:
+                    diagonal = a.derivative(v)
+                else:
+                    error = a.ulps * unit_roundoff(dtype) * a.slope_at_zero
+                    # Concave: the slope falls with v, so an upper bound is taken a little to the left.
+                    sign = 1 if side == "upper" else -1
+                    diagonal = (a.derivative(v * (1 - sign * slack)) + sign * error).clamp_min(0)
+            diagonals.append(diagonal)
+            v = step(v, injection) if isinstance(step, InjectStep) else step(v)
+        return ChainLinearization(self.steps, tuple(shapes), tuple(diagonals))
+
+
+@dataclass(frozen=True)
+class ChainLinearization:
+    """J = D_L A_L ... D_1 A_1 of a chain at a point."""
+
+    steps: tuple[Step, ...]
+    shapes: tuple[torch.Size, ...]
+    diagonals: tuple[Tensor | None, ...]
+
+    def matvec(self, w: Tensor) -> Tensor:
+        for step, diagonal in zip(self.steps, self.diagonals, strict=True):
+            if isinstance(step, AffineStep):
+                w = step.linear(w)
+            elif diagonal is not None:
+                w = diagonal * w
+        return w
+
+    def rmatvec(self, g: Tensor) -> Tensor:
+        for step, shape, diagonal in zip(reversed(self.steps), reversed(self.shapes), reversed(self.diagonals), strict=True):
+            if isinstance(step, AffineStep):
+                g = step.transpose(g, shape)
+            elif diagonal is not None:
+                g = diagonal * g
+        return g
+
+
+# --------------------------------------------------------------------------------------------------------------- opaque
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A cell of unknown structure, called as `module(z, x)` with its parameters passed in."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Opaque:
+        parameters = dict(module.named_parameters())
+        # Clones: a solve must not count as many batches in a running average as it takes steps.
+        buffers = {k: v.clone() for k, v in module.named_buffers()}
+        return cls(module, tuple(parameters), tuple(parameters.values()), buffers)
+
+    def rebind(self, tensors: Sequence[Tensor]) -> Opaque:
+        return replace(self, tensors=tuple(tensors))
+
+    def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
+        state = {**dict(zip(self.names, self.tensors, strict=True)), **self.buffers}
+        return torch.func.functional_call(self.module, state, (z, injection))
+
+    def linearize(self, z: Tensor, injection: Tensor) -> OpaqueLinearization:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            injection = injection.detach()
+            y = self.rebind([t.detach() for t in self.tensors])(z, injection)
+        return OpaqueLinearization(z, y)
+
+
+@dataclass(frozen=True)
+class OpaqueLinearization:
+    """J by automatic differentiation of one evaluation."""
+
+    z: Tensor
+    y: Tensor
+
+    def rmatvec(self, g: Tensor) -> Tensor:
+        return torch.autograd.grad(self.y, self.z, g, retain_graph=True)[0]
+
+    def matvec(self, w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            g = torch.zeros_like(self.y, requires_grad=True)
+            (v,) = torch.autograd.grad(self.y, self.z, g, retain_graph=True, create_graph=True)
+        return torch.autograd.grad(v, g, w, retain_graph=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- trace
+
+
+def _linear(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.Linear)
+    return AffineStep(
+        lambda v, w, c: F.linear(v, w, c),  # type: ignore[arg-type]
+        module.weight,
+        module.bias,
+        module.in_features,
+        dense=True,
+        channels=lambda w: w,
+        positive=lambda w: bool((w.detach().amax(1) > 0).all()) if w is not None and w.numel() else False,
+    )
+
+
+def _convolution(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if module.padding_mode != "zeros":
+        raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
+    dims = len(module.kernel_size)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
+
+    def apply(v: Tensor, w: Tensor | None, c: Tensor | None) -> Tensor:
+        if v.is_cuda and v.dtype == torch.float64:
+            # cuDNN may choose transforms that break the rounding bound; the native path is a plain product.
+            with torch.backends.cudnn.flags(enabled=False):
+                return conv(v, w, c, stride, padding, dilation, groups)
+        return conv(v, w, c, stride, padding, dilation, groups)
+
+    def channels(w: Tensor | None) -> Tensor | None:
+        return w.flatten(2).sum(2) if w is not None and groups == 1 and set(stride) == {1} else None
+
+    def positive(w: Tensor | None) -> bool:
+        # The tap at `padding` meets an input pixel at every output pixel, the border included.
+        if w is None or isinstance(padding, str) or set(stride) != {1} or set(dilation) != {1}:
+            return False
+        if any(2 * p > k - 1 for p, k in zip(padding, module.kernel_size, strict=True)):
+            return False
+        tap = w.detach()[(slice(None), slice(None), *padding)]
+        return bool((tap.amax(1) > 0).all()) if tap.numel() else False
+
+    terms = module.in_channels // groups * math.prod(module.kernel_size)
+    return AffineStep(apply, module.weight, module.bias, terms, channels=channels, positive=positive)
+
+
+def _average_pool(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
+    if getattr(module, "divisor_override", None) is not None:
+        raise Refusal("average pooling with divisor_override is not verified")
+    dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]
+    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
+    size, stride, padding = module.kernel_size, module.stride, module.padding
+    ceil_mode, include = module.ceil_mode, module.count_include_pad
+    terms = math.prod(size) if isinstance(size, tuple) else size**dims
+    return AffineStep(lambda v, w, c: pool(v, size, stride, padding, ceil_mode, include), None, None, terms)
+
+
+_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh",
+    nn.Softsign: "softsign",
+    nn.ReLU6: "relu6",
+    nn.Sigmoid: "sigmoid",
+    nn.ReLU: "relu",
+    nn.Identity: "identity",
+}
+
+_AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.AvgPool1d: _average_pool,
+    nn.AvgPool2d: _average_pool,
+    nn.AvgPool3d: _average_pool,
+}
+
+
+def _steps(module: nn.Module, path: str) -> list[Step]:
+    kind = parametrize.type_before_parametrizations(module)
+    hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    if any(hooks) or "forward" in vars(module):
+        raise Refusal(f"{path} carries hooks or a replaced forward, whose effect cannot be verified")
+    if kind is nn.Sequential:
+        assert isinstance(module, nn.Sequential)
+        return [s for name, child in module.named_children() for s in _steps(child, f"{path}[{name}]")]
+    if kind is Inject:
+        return [InjectStep()]
+    if kind is Activate:
+        assert isinstance(module, Activate)
+        if ACTIVATIONS.get(module.activation.name) is not module.activation:
+            raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
+        return [ActivationStep(module.activation)]
+    if kind in _ACTIVATION_MODULES:
+        return [ActivationStep(ACTIVATIONS[_ACTIVATION_MODULES[kind]])]
+    if kind in _AFFINE_MODULES:
+        return [_AFFINE_MODULES[kind](module)]
+    raise Refusal(f"{path} is a {kind.__name__}, which is not known to be nonnegative, nondecreasing and concave")
+
+
+def trace(cell: nn.Module) -> Chain:
+    """Read a cell into a `Chain`; the tensors stay attached to the parameters.
+
+    Raises:
+        Refusal: a step is unknown, or there is not exactly one `Inject`.
+    """
+    steps = _steps(cell, type(cell).__name__)
+    if sum(isinstance(s, InjectStep) for s in steps) != 1:
+        raise Refusal("the cell must contain exactly one Inject()")
+    return Chain(tuple(steps))
+
+
+def as_map(cell: nn.Module) -> tuple[Chain | Opaque, str | None]:
+    """The cell as a function of tensors, and the reason where its structure could not be read."""
+    try:
+        return trace(cell), None
+    except Refusal as refusal:
+        if any(isinstance(m, Inject) for m in cell.modules()):
+            return _InjectedOpaque.of(cell), str(refusal)
+        return Opaque.of(cell), str(refusal)
+
+
+class _InjectedOpaque(Opaque):
+    """A Sequential with `Inject` inside it and some step that could not be read."""
+
+    def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
+        state = {**dict(zip(self.names, self.tensors, strict=True)), **self.buffers}
+        return torch.func.functional_call(_WithInjection(self.module), {f"cell.{k}": v for k, v in state.items()}, (z, injection))
+
+
+class _WithInjection(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return _run(self.cell, z, injection)
+
+
+def _run(module: nn.Module, v: Tensor, injection: Tensor) -> Tensor:
+    if isinstance(module, Inject):
+        return module(v, injection)
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            v = _run(child, v, injection)
+        return v
+    return module(v)

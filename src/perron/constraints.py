@@ -1,0 +1,101 @@
+"""Parametrisations that keep weights in the set a proof needs, whatever touches the parameters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["Nonnegative", "nonnegative", "project_", "project_after_step"]
+
+Method = Literal["square", "projection"]
+
+
+class Nonnegative(nn.Module):
+    """W >= 0 entrywise, from an unconstrained tensor of the same shape.
+
+    `square`: `W = raw * raw`, smooth, and weight decay on `raw` shrinks W. `projection`: `W = max(raw, 0)`; together
+    with `project_after_step` this is the projected optimiser of Gabor et al. (2024).
+    With `normalize=True` every output row or filter is `gain * W / ||W||_2`, gain >= 0 (weight normalisation).
+
+    Args:
+        method: "square" (default) or "projection".
+        normalize: whether to add weight normalisation.
+
+    Raises:
+        ValueError: unknown method; or, when the weight is assigned, negative, NaN or infinite entries.
+    """
+
+    def __init__(self, method: Method = "square", *, normalize: bool = False) -> None:
+        super().__init__()
+        if method not in ("square", "projection"):
+            raise ValueError(f"method must be 'square' or 'projection', got {method!r}")
+        self.method = method
+        self.normalize = normalize
+
+    def _constrain(self, raw: Tensor) -> Tensor:
+        return raw * raw if self.method == "square" else raw.clamp_min(0)
+
+    def _release(self, weight: Tensor) -> Tensor:
+        return weight.sqrt() if self.method == "square" else weight.clone()
+
+    def forward(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        weight = self._constrain(raw)
+        if gain is None:
+            return weight
+        norm = _row_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
+        return self._constrain(gain) * (weight / norm)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.contains(weight):
+            raise ValueError(
+                f"a nonnegative weight was assigned entries in [{weight.min().item():.3g}, {weight.max().item():.3g}]; "
+                "clamp it first, or check it for NaN"
+            )
+        if not self.normalize:
+            return self._release(weight)
+        return self._release(weight), self._release(_row_norm(weight))
+
+    @staticmethod
+    def contains(weight: Tensor) -> bool:
+        """Whether the weight is in the set: finite and nonnegative."""
+        return bool(((weight >= 0) & torch.isfinite(weight)).all())
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, normalize={self.normalize}"
+
+
+def _row_norm(weight: Tensor) -> Tensor:
+    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def nonnegative(module: nn.Module, name: str = "weight", *, method: Method = "square", normalize: bool = False) -> nn.Module:
+    """Constrain the parameter `name` of `module` to be nonnegative, starting at its present absolute value.
+
+    >>> linear = nonnegative(nn.Linear(3, 3, bias=False))
+    >>> bool((linear.weight >= 0).all())
+    True
+    """
+    with torch.no_grad():
+        # Not clamped: where W is exactly 0, the square has no gradient to leave it.
+        getattr(module, name).abs_()
+    parametrize.register_parametrization(module, name, Nonnegative(method, normalize=normalize))
+    return module
+
+
+@torch.no_grad()
+def project_(module: nn.Module) -> None:
+    """Clamp the raw tensors of every `projection` constraint in `module` to >= 0, in place."""
+    for child in module.modules():
+        if not isinstance(child, parametrize.ParametrizationList):
+            continue
+        if any(isinstance(p, Nonnegative) and p.method == "projection" for p in child):
+            for raw in child.parameters(recurse=False):
+                raw.clamp_(min=0)
+
+
+def project_after_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Call `project_(module)` after every step of `optimizer`, as Gabor et al. do. Returns the hook's handle."""
+    return optimizer.register_step_post_hook(lambda *_: project_(module))

@@ -1,0 +1,20 @@
+"""Equilibrium layers, and the modules their cells are made of."""
+
+from perron.cells import Activate, Inject
+from perron.nn.equilibrium import Equilibrium
+from perron.nn.positive_concave import (
+    PositiveConcaveConv1d,
+    PositiveConcaveConv2d,
+    PositiveConcaveConv3d,
+    PositiveConcaveLinear,
+)
+
+__all__ = [
+    "Activate",
+    "Equilibrium",
+    "Inject",
+    "PositiveConcaveConv1d",
+    "PositiveConcaveConv2d",
+    "PositiveConcaveConv3d",
+    "PositiveConcaveLinear",
+]

@@ -1,0 +1,167 @@
+"""The equilibrium layer: input -> injection b -> fixed point z = f(z; b) -> output, with certificate and gradient."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perron.cells import Chain, Opaque, as_map
+from perron.certificates import Certificate, derive
+from perron.enclosure import check_injection
+from perron.implicit import fixed_point
+from perron.solvers import AdjointSolution, FixedPointProblem, Picard, Solution, Solver
+
+__all__ = ["Equilibrium", "Injection"]
+
+Injection = Literal["softplus", "relu", "given"]
+
+SOFTPLUS_BETA = 5.0
+# softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points.
+SMALLEST_INJECTION = 1e-37
+
+
+class Equilibrium(nn.Module):
+    """The fixed point z* = f(z*; b) of a cell, as a layer.
+
+    The cell is either an `nn.Sequential` with one `perron.nn.Inject()` where b is added, whose structure is verified
+    (see `perron.certify`), or any module called as `cell(z, x)`, about which nothing is certified.
+
+    Args:
+        cell: the map f; input and output have the shape of the injection.
+        injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
+            or "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0).
+        solver: default `Picard()`.
+
+    Shape:
+        input and output (batch, ...), floating point.
+
+    Raises:
+        ValueError: an input of fewer than two dimensions, of a wrong shape, or a negative given injection.
+        TypeError: the input is not floating point, or more precise than the layer.
+
+    >>> from perron.nn import Activate, Inject
+    >>> from perron.constraints import nonnegative
+    >>> cell = nn.Sequential(nonnegative(nn.Linear(3, 3, bias=False)), Inject(), Activate("tanh"))
+    >>> layer = Equilibrium(cell, injection="softplus")
+    >>> solution = layer.solve(torch.zeros(2, 3))
+    >>> solution.certified, bool((solution.error_bound <= 1e-4).all())
+    (True, True)
+    """
+
+    def __init__(self, cell: nn.Module, *, injection: Injection = "given", solver: Solver | None = None) -> None:
+        super().__init__()
+        if injection not in ("softplus", "relu", "given"):
+            raise ValueError(f"injection must be 'softplus', 'relu' or 'given', got {injection!r}")
+        self.cell = cell
+        self.injection = injection
+        self.solver: Solver = Picard() if solver is None else solver
+        self.last_solution: Solution | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fixed point, (batch, ...), with its implicit gradient."""
+        with torch.autocast(x.device.type, enabled=False):
+            problem, dtype = self._problem(x)
+            value, solution = fixed_point(problem, self.solver, on_adjoint=_Recorder(self))
+            self._count_batch(problem, value)
+        self.last_solution = solution
+        return value.to(dtype)
+
+    @torch.no_grad()
+    def solve(self, x: Tensor) -> Solution:
+        """The whole Solution, without gradient."""
+        with torch.autocast(x.device.type, enabled=False):
+            problem, _ = self._problem(x)
+            solution = self.solver.solve(problem)
+        self.last_solution = solution
+        return solution
+
+    def certificate(self) -> Certificate:
+        """What is proven for every input the layer accepts; see `perron.certify`."""
+        with torch.no_grad():
+            map, reason = as_map(self.cell)
+            return self._derive(map, reason)[0]
+
+    def injected(self, x: Tensor) -> Tensor:
+        """The injection b of an input, in the precision of the solve."""
+        b = self._pre_injection(x).to(self._working_dtype())
+        if self.injection == "softplus":
+            return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
+        return F.relu(b) if self.injection == "relu" else b
+
+    def _pre_injection(self, x: Tensor) -> Tensor:
+        """What becomes b by softplus or relu; layers with an affine map inside override this."""
+        self._check_input(x)
+        return x
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"the input must be (batch, ...), at least two dimensions, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"the input must be floating point, got {x.dtype}")
+        working = self._working_dtype()
+        if torch.finfo(x.dtype).eps < torch.finfo(working).eps:
+            raise TypeError(f"the input is {x.dtype}, more precise than the layer's {working}; use layer.to({x.dtype})")
+
+    def _parameter_dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+
+    def _working_dtype(self) -> torch.dtype:
+        """float16 and bfloat16 layers solve in float32."""
+        dtype = self._parameter_dtype()
+        return dtype if dtype == torch.float64 else torch.float32
+
+    def _derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
+        """The certificate, and whether it needs b > 0 rather than b >= 0."""
+        if not isinstance(map, Chain):
+            return Certificate(False, False, False, "none", refusal=reason), False
+        if self.injection == "softplus":
+            return derive(map, positive_injection=True), True
+        certificate = derive(map, positive_injection=False)
+        if certificate or self.injection == "relu":
+            return certificate, False
+        positive = derive(map, positive_injection=True)
+        return (positive, True) if positive else (certificate, False)
+
+    def _problem(self, x: Tensor) -> tuple[FixedPointProblem, torch.dtype]:
+        b = self.injected(x)
+        working = b.dtype
+        map, reason = as_map(self.cell)
+        dtype = self._parameter_dtype() or working
+        if dtype != working:
+            map = map.rebind([t.to(working) for t in map.tensors])
+        with torch.no_grad():
+            certificate, positive = self._derive(map, reason)
+            if certificate and self.injection == "given":
+                check_injection(b, positive=positive)
+        return FixedPointProblem(map, b, bool(certificate)), dtype
+
+    def _count_batch(self, problem: FixedPointProblem, value: Tensor) -> None:
+        """Let running averages inside an unverified cell see this batch once, at the fixed point."""
+        if self.training and isinstance(problem.map, Opaque) and problem.map.buffers:
+            with torch.no_grad():
+                live = replace(problem.map, buffers={})
+                live(value.detach(), problem.injection.detach())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last Solution is for inspection only; copies and files do without it.
+        return {**self.__dict__, "last_solution": None}
+
+    def extra_repr(self) -> str:
+        return f"injection={self.injection!r}, solver={self.solver}"
+
+
+class _Recorder:
+    """Writes the adjoint's report into the layer's last Solution, without keeping the layer alive."""
+
+    def __init__(self, layer: Equilibrium) -> None:
+        self.layer = weakref.ref(layer)
+
+    def __call__(self, adjoint: AdjointSolution) -> None:
+        layer = self.layer()
+        if layer is not None and layer.last_solution is not None:
+            layer.last_solution = replace(layer.last_solution, adjoint=adjoint)
