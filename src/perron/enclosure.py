@@ -11,7 +11,7 @@ usually moves the lower bound most of the way to the upper one, at no further ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.certificates import derive
 from perron.cells import Chain, Refusal, Rounding, trace, unit_roundoff
 
-__all__ = ["Enclosure", "chord", "prove", "relative_error_bound", "round_outward", "verify"]
+__all__ = ["Enclosure", "chord", "prove", "prove_around", "relative_error_bound", "round_outward", "verify"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Enclosure:
         proven: (batch,) whether the bounds are proven.
         precision: dtype of the arithmetic.
         residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the upper trial point.
+        evaluations: of f or its Jacobian, per sample, that the proof took.
     """
 
     lower: Tensor
@@ -39,6 +40,7 @@ class Enclosure:
     proven: Tensor
     precision: torch.dtype
     residual: Tensor
+    evaluations: int = 2
 
 
 def chord(gain: Tensor, loss: Tensor, noise: Tensor | float = 0.0) -> Tensor:
@@ -156,33 +158,41 @@ def verify(
         reason = chain.trustworthy_in(dtype, candidate.device)
         if reason is not None:
             raise Refusal(reason)
-        return _verify(chain.to(dtype), candidate.to(dtype).clamp_min(0), injection.to(dtype), attempts, neumann_steps)
+        candidate = candidate.to(dtype).clamp_min(0)
+        return prove_around(
+            chain.to(dtype), injection.to(dtype), candidate, attempts=attempts, neumann_steps=neumann_steps
+        )
 
 
-def _verify(chain: Chain, z: Tensor, injection: Tensor, attempts: int, neumann_steps: int) -> Enclosure:
+def prove_around(
+    chain: Chain, injection: Tensor, z: Tensor, *, attempts: int = 12, neumann_steps: int = 60
+) -> Enclosure:
+    """Prove an enclosure around a candidate z >= 0, all in the dtype of the proof; see `verify`."""
     rounding = chain.rounding(z.dtype)
     jacobian = chain.linearize(z, injection)
     fz = chain(z, injection)
     # A floor from the smallest slack that survives rounding, so that converged coordinates can be proven too.
     slack = (fz - z).abs() + 8 * rounding.relative * fz + 8 * rounding.absolute
-    w = slack
+    finite = all_finite(z) & all_finite(injection)
+    w, evaluations = slack, 2
     for _ in range(neumann_steps):
         jw = jacobian.matvec(w)
-        if bool((w - jw >= 0.5 * slack).all()):
+        evaluations += 1
+        if bool((all_true(w - jw >= 0.5 * slack) | ~finite).all()):
             break
         w = slack + jw
-    finite = all_finite(z) & all_finite(injection) & all_finite(w)
     delta = torch.full((len(z),), 1.25, dtype=z.dtype, device=z.device)
     best: Enclosure | None = None
     for _ in range(attempts):
         step = per_sample(delta, z) * w
         attempt = prove(chain, injection, (z - step).clamp_min(0), z + step, rounding)
+        evaluations += attempt.evaluations
         best = attempt if best is None else _merge(best, attempt)
         if bool((best.proven | ~finite).all()):
             break
         delta = torch.where(best.proven, delta, 3 * delta)
     assert best is not None
-    return Enclosure(best.lower, best.upper, best.proven & finite, z.dtype, best.residual)
+    return replace(best, proven=best.proven & finite, evaluations=evaluations)
 
 
 def _merge(old: Enclosure, new: Enclosure) -> Enclosure:

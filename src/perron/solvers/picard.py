@@ -12,14 +12,14 @@ is proven in the end is proven by `perron.enclosure.prove`, not by this loop.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from perron._batch import all_finite, all_true, amax, per_sample
 from perron.cells import Chain, unit_roundoff
-from perron.enclosure import chord, prove, relative_error_bound, round_outward
+from perron.enclosure import Enclosure, chord, prove, prove_around, relative_error_bound, round_outward
 from perron.solvers.base import FixedPointProblem, OnFailure, Solution, report_failure
 
 __all__ = ["Picard"]
@@ -224,6 +224,8 @@ class _Enclosing:
             high_trial = q[chosen].to(self.precision) * (1 + pad) + 64 * rounding.absolute
             found = prove(sub.map, sub.injection, low_trial, high_trial, rounding)
             self.steps[where] += PROOF
+            if not bool(found.proven.all()):
+                found = self._prove_harder(sub, where, found, (lower[chosen] + high[chosen]) / 2)
             self.residual[where] = found.residual.to(self.working)
             self.proven[where] = found.proven
             mask = per_sample(found.proven, found.lower)
@@ -234,6 +236,21 @@ class _Enclosing:
         done = torch.zeros_like(finish)
         done[chosen] = accepted
         return done
+
+    def _prove_harder(self, problem: FixedPointProblem, where: Tensor, found: Enclosure, candidate: Tensor) -> Enclosure:
+        """Where scaling leaves no slack against rounding (f nearly homogeneous in a coordinate), widen along (I - J)^-1."""
+        assert isinstance(problem.map, Chain)
+        assert self.precision is not None
+        open_ = (~found.proven & all_finite(candidate)).nonzero().flatten()
+        if not open_.numel():
+            return found
+        sub = problem.select(open_)
+        around = prove_around(problem.map, sub.injection, candidate[open_].to(self.precision), attempts=4)
+        self.steps[where[open_]] += around.evaluations
+        lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
+        lower[open_], upper[open_] = around.lower, around.upper
+        proven[open_], residual[open_] = around.proven, around.residual
+        return replace(found, lower=lower, upper=upper, proven=proven, residual=residual)
 
 
 def _cycle(
