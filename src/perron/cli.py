@@ -1,0 +1,89 @@
+"""The command line: `perron fit digits`, then `test`, `certify`, `report`. Parses, calls, prints.
+
+Presets are YAML files; every option of the trainer, the model and the data can be overridden, for instance
+
+    perron fit mnist-linear --data-dir DIR --trainer.max_epochs 3 --model.model.init_args.width 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "fit": "train a preset; writes checkpoints, history.csv and report.html",
+    "validate": "evaluate a run on its validation split",
+    "test": "evaluate a run on the test set, and put the result into its report",
+    "predict": "write the predicted class of every test image to predictions.csv",
+    "certify": "print the certificate, and how many test images keep their class over the whole enclosure",
+    "report": "write report.html again",
+}
+
+
+def presets() -> dict[str, Path]:
+    folder = Path(str(resources.files("perron"))) / "training" / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="perron", description="Equilibrium networks whose fixed points come with a proof.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog="Further options go to Lightning: --trainer.X, --model.X, --data.init_args.X; --print_config lists them.",
+        )
+        what = "preset" if name == "fit" else "preset (its latest run), run folder or checkpoint"
+        sub.add_argument("target", help=f"{what}; presets: {', '.join(presets())}")
+        sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
+        sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+        if name == "fit":
+            sub.add_argument("--resume", action="store_true", help="continue the preset's latest run, exactly where it stopped")
+        if name == "certify":
+            sub.add_argument("--data", default="test", choices=["test", "validation"], help="which split (default test)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Expected errors are printed in one line, without a traceback."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        from perron.data import DataError
+        from perron.training import run
+    except ImportError as error:
+        print(f"perron: the command line needs more packages: pip install perron[train] ({error})", file=sys.stderr)
+        return 2
+    command = "perron " + shlex.join(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments.command == "fit":
+            config = presets().get(arguments.target)
+            if config is None and Path(arguments.target).suffix in (".yaml", ".yml"):
+                config = Path(arguments.target)
+            if config is None or not config.is_file():
+                raise run.UsageError(f"no preset {arguments.target!r}; choose one of {', '.join(presets())}, or a .yaml file")
+            run.fit(config, arguments.runs, arguments.data_dir, rest, resume=arguments.resume, command=command)
+        else:
+            loaded = run.load(arguments.target, arguments.runs, arguments.data_dir, rest)
+            if arguments.command == "certify":
+                print(run.certify_run(loaded, arguments.data))
+            else:
+                print(getattr(run, arguments.command)(loaded))
+    except (DataError, run.UsageError) as error:
+        print(f"perron: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("perron: interrupted; continue with `perron fit ... --resume`", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

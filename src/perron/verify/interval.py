@@ -1,0 +1,188 @@
+"""Bounds through a whole network, each equilibrium layer replaced by everything its proof leaves open.
+
+Affine modules act on centre and radius, monotone ones on both ends. For an equilibrium layer the fixed point is monotone
+in b, so a box of injections gives exactly the box [z*(b_lo), z*(b_hi)]: two certified solves. Everything runs in float64
+and every radius is enlarged by a bound on the rounding of its own computation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from perron.cells import Refusal, gamma
+from perron.nn import Equilibrium
+from perron.solvers import Picard
+
+__all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
+
+DTYPE = torch.float64
+_MONOTONE = (nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU, nn.Identity)
+_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A box, entrywise `lower <= value <= upper`, (batch, ...) float64."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+def _terms(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return (weight[0].numel() if isinstance(weight, Tensor) and len(weight) else 1024) + 4
+
+
+def _affine(module: nn.Module, box: Interval) -> Interval:
+    """A(c +/- r) + d, with |A| r and the rounding gamma_n (|A| |c| + |d|) as radius; `module` is float64."""
+    magnitude = copy.deepcopy(module)
+    for parameter in magnitude.parameters():
+        parameter.data = parameter.data.abs()
+    linear_only = copy.deepcopy(magnitude)
+    if getattr(linear_only, "bias", None) is not None:
+        linear_only.bias.data.zero_()  # type: ignore[union-attr, operator]
+    centre, radius = _centre(box)
+    middle = module(centre)
+    slack = 4 * gamma(_terms(module) + 8, DTYPE) * magnitude(centre.abs() + radius)
+    spread = linear_only(radius) + slack + torch.finfo(DTYPE).tiny
+    return Interval(middle - spread, middle + spread)
+
+
+def _centre(box: Interval) -> tuple[Tensor, Tensor]:
+    centre = (box.lower + box.upper) / 2
+    # Rounded up: the box must stay inside centre +/- radius.
+    radius = torch.maximum(box.upper - centre, centre - box.lower) * (1 + 1e-15)
+    return centre, radius
+
+
+def _batch_norm(module: nn.Module, box: Interval) -> Interval:
+    if module.training or module.running_var is None:
+        raise Refusal("batch normalisation depends on the batch in training mode; call model.eval() first")
+    shape = (1, -1, *[1] * (box.lower.dim() - 2))
+    scale = 1 / torch.sqrt(module.running_var.to(DTYPE) + module.eps)  # type: ignore[operator]
+    if module.weight is not None:
+        scale = scale * module.weight.to(DTYPE)  # type: ignore[operator]
+    shift = -module.running_mean.to(DTYPE) * scale  # type: ignore[operator, union-attr]
+    size = shift.abs()
+    if module.bias is not None:
+        shift, size = shift + module.bias.to(DTYPE), size + module.bias.to(DTYPE).abs()  # type: ignore[operator]
+    scale, shift, size = scale.reshape(shape), shift.reshape(shape), size.reshape(shape)
+    centre, radius = _centre(box)
+    middle = centre * scale + shift
+    spread = radius * scale.abs() + 32 * gamma(4, DTYPE) * ((centre.abs() + radius) * scale.abs() + size)
+    return Interval(middle - spread, middle + spread)
+
+
+def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
+    if not layer.certificate():
+        raise Refusal(f"an equilibrium layer is not certified: {layer.certificate().refusal}")
+    inner = getattr(layer, "input", None)
+    if inner is not None:
+        box = _affine(inner, box)
+        layer = _without_input(layer)
+    tiny = 64 * gamma(8, DTYPE)
+    # softplus and relu are monotone; both ends are widened by their rounding, and stay positive where they must.
+    b_low, b_high = layer.injected(box.lower), layer.injected(box.upper)
+    given = Equilibrium(layer.cell, injection="given", solver=_certifying(layer.solver)).to(DTYPE).eval()
+    low, high = given.solve(b_low * (1 - tiny)), given.solve(b_high * (1 + tiny))
+    if low.lower is None or high.upper is None:
+        raise Refusal("the solver of an equilibrium layer gives no enclosure")
+    nan = torch.nan
+    proven = (low.error_bound.isfinite() & high.error_bound.isfinite()).reshape(-1, *[1] * (low.lower.dim() - 1))
+    return Interval(torch.where(proven, low.lower, nan), torch.where(proven, high.upper, nan))
+
+
+def _without_input(layer: Equilibrium) -> Equilibrium:
+    return Equilibrium(layer.cell, injection=layer.injection, solver=layer.solver).to(DTYPE).eval()
+
+
+def _certifying(solver: Any) -> Picard:
+    tol = min(float(getattr(solver, "tol", 1e-4)), 1e-4)
+    return Picard(tol=tol, max_steps=2000, verify=DTYPE, on_failure="ignore")
+
+
+def _pooled(module: nn.Module, box: Interval) -> Interval:
+    return Interval(module(box.lower), module(box.upper))
+
+
+@torch.no_grad()
+def propagate(module: nn.Module, box: Interval) -> Interval:
+    """Bounds of `module` over the box, in float64; NaN for samples where an equilibrium could not be enclosed.
+
+    Raises:
+        Refusal: a module is of a kind whose bounds are not known here, or an equilibrium layer has no certificate.
+    """
+    return _propagate(_exact_copy(module), Interval(box.lower.to(DTYPE), box.upper.to(DTYPE)))
+
+
+def _exact_copy(module: nn.Module) -> nn.Module:
+    """The module in float64 with the very weights it computes with: parametrisations are evaluated before the cast."""
+    copied = copy.deepcopy(module)
+    for child in list(copied.modules()):
+        if parametrize.is_parametrized(child):
+            for name in list(child.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(child, name)
+    return copied.to(DTYPE)
+
+
+def _propagate(module: nn.Module, box: Interval) -> Interval:
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            box = _propagate(child, box)
+        return box
+    rules: list[tuple[Any, Callable[..., Interval]]] = [
+        (Equilibrium, _equilibrium),
+        (_AFFINE, _affine),
+        (_NORMS, _batch_norm),
+        (_MONOTONE, _pooled),
+    ]
+    for kinds, rule in rules:
+        if isinstance(module, kinds):
+            return rule(module, box)
+    raise Refusal(f"no bounds are known for {type(module).__name__}; certify a network of affine, pooling and equilibrium layers")
+
+
+@dataclass(frozen=True)
+class ClassCertificate:
+    """Per sample: the predicted class, and whether every point of the enclosures gives the same one.
+
+    Attributes:
+        predicted: (batch,) class of the network as it runs.
+        constant: (batch,) proven to be the class over the whole enclosure.
+        margin: (batch,) lower bound of the predicted logit minus the largest upper bound of the others.
+    """
+
+    predicted: Tensor
+    constant: Tensor
+    margin: Tensor
+
+
+@torch.no_grad()
+def certify_classes(model: nn.Module, x: Tensor) -> ClassCertificate:
+    """Whether the class of every sample is the same over the verified enclosure of every equilibrium layer.
+
+    Args:
+        model: a network in eval mode, `nn.Sequential` of layers known to `propagate`.
+        x: (batch, ...) inputs, taken as exact.
+
+    Raises:
+        Refusal: see `propagate`; also for a model in training mode.
+    """
+    if model.training:
+        raise Refusal("the model is in training mode; call model.eval() first")
+    predicted = model(x).argmax(1)
+    box = propagate(model, Interval(x, x))
+    own = F.one_hot(predicted, box.lower.shape[1]).bool()
+    others = box.upper.masked_fill(own, -torch.inf).amax(1)
+    margin = box.lower.gather(1, predicted[:, None])[:, 0] - others
+    # NaN (no enclosure) compares false.
+    return ClassCertificate(predicted, margin > 0, margin)
