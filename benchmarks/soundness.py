@@ -52,7 +52,7 @@ def random_problem(generator: torch.Generator, name: str, dtype: torch.dtype) ->
     def draw(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    n = int(round(10 ** draw(0, math.log10(200))))
+    n = round(10 ** draw(0, math.log10(200)))
     scale = 0.0 if draw(0, 1) < 0.05 else 10 ** draw(-3, 2)
     if ACTIVATIONS[name].asymptotic_slope > 0:
         scale = min(scale, draw(0, 0.999))
@@ -103,7 +103,9 @@ def measure(samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 
         steps[tol].append(s.steps[s.converged].double())
     summary: dict[str, object] = dict(counts)
     summary["seed"] = seed
-    summary["bound_over_true_error_median"] = {f"{t:g}": round(float(torch.cat(v).median()), 3) for t, v in tightness.items() if v}
+    summary["bound_over_true_error_median"] = {
+        f"{t:g}": round(float(torch.cat(v).median()), 3) for t, v in tightness.items() if v
+    }
     summary["median_evaluations"] = {f"{t:g}": float(torch.cat(v).median()) for t, v in steps.items() if v}
     return summary
 

@@ -62,7 +62,9 @@ ACTIVATIONS: dict[str, Activation] = {
     for a in (
         Activation("tanh", torch.tanh, lambda v: 1 - torch.tanh(v).square(), 0.0, 1.0, 0.0, 1.0),
         # v/(1 + |v|) is torch's softsign; on [0, inf) they agree.
-        Activation("softsign", nn.functional.softsign, lambda v: (1 + v.abs()).square().reciprocal(), 0.0, 1.0, 0.0, 1.0),
+        Activation(
+            "softsign", nn.functional.softsign, lambda v: (1 + v.abs()).square().reciprocal(), 0.0, 1.0, 0.0, 1.0
+        ),
         Activation("relu6", nn.functional.relu6, lambda v: ((v >= 0) & (v < 6)).to(v.dtype), 0.0, 6.0, 0.0, 1.0),
         Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, 0.5, 1.0, 0.0, 0.25),
         Activation("one_minus_exp", lambda v: -torch.expm1(-v), lambda v: torch.exp(-v), 0.0, 1.0, 0.0, 1.0),

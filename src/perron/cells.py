@@ -23,7 +23,19 @@ from torch.nn.utils import parametrize
 
 from perron.activations import ACTIVATIONS, Activation, get_activation
 
-__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Opaque", "Refusal", "Rounding", "as_map", "trace"]
+__all__ = [
+    "Activate",
+    "Chain",
+    "Inject",
+    "Linearization",
+    "Map",
+    "Opaque",
+    "Refusal",
+    "Rounding",
+    "affine_step",
+    "as_map",
+    "trace",
+]
 
 Side = Literal["upper", "lower"]
 
@@ -280,7 +292,9 @@ class ChainLinearization:
         return w
 
     def rmatvec(self, g: Tensor) -> Tensor:
-        for step, shape, diagonal in zip(reversed(self.steps), reversed(self.shapes), reversed(self.diagonals), strict=True):
+        for step, shape, diagonal in zip(
+            reversed(self.steps), reversed(self.shapes), reversed(self.diagonals), strict=True
+        ):
             if isinstance(step, AffineStep):
                 g = step.transpose(g, shape)
             elif diagonal is not None:
@@ -360,7 +374,7 @@ def _convolution(module: nn.Module) -> AffineStep:
     if module.padding_mode != "zeros":
         raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
     dims = len(module.kernel_size)
-    conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    conv: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
 
     def apply(v: Tensor, w: Tensor | None, c: Tensor | None) -> Tensor:
@@ -379,7 +393,8 @@ def _convolution(module: nn.Module) -> AffineStep:
             return False
         if any(2 * p > k - 1 for p, k in zip(padding, module.kernel_size, strict=True)):
             return False
-        tap = w.detach()[(slice(None), slice(None), *padding)]
+        at: tuple[Any, ...] = (slice(None), slice(None), *padding)
+        tap = w.detach()[at]
         return bool((tap.amax(1) > 0).all()) if tap.numel() else False
 
     terms = module.in_channels // groups * math.prod(module.kernel_size)
@@ -418,6 +433,14 @@ _AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
 }
 
 
+AFFINE_MODULES = tuple(_AFFINE_MODULES)
+
+
+def affine_step(module: nn.Module) -> AffineStep:
+    """A Linear, Conv or AvgPool module as a step; its tensors stay attached."""
+    return _AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
+
+
 def _steps(module: nn.Module, path: str) -> list[Step]:
     kind = parametrize.type_before_parametrizations(module)
     hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
@@ -436,7 +459,7 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
     if kind in _ACTIVATION_MODULES:
         return [ActivationStep(ACTIVATIONS[_ACTIVATION_MODULES[kind]])]
     if kind in _AFFINE_MODULES:
-        return [_AFFINE_MODULES[kind](module)]
+        return [affine_step(module)]
     raise Refusal(f"{path} is a {kind.__name__}, which is not known to be nonnegative, nondecreasing and concave")
 
 
@@ -467,7 +490,9 @@ class _InjectedOpaque(Opaque):
 
     def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
         state = {**dict(zip(self.names, self.tensors, strict=True)), **self.buffers}
-        return torch.func.functional_call(_WithInjection(self.module), {f"cell.{k}": v for k, v in state.items()}, (z, injection))
+        return torch.func.functional_call(
+            _WithInjection(self.module), {f"cell.{k}": v for k, v in state.items()}, (z, injection)
+        )
 
 
 class _WithInjection(nn.Module):

@@ -132,7 +132,9 @@ def _check_nonnegative(chain: Chain) -> None:
                 continue
             low, high = (float(t) for t in torch.aminmax(tensor.detach()))
             if not (low >= 0 and high < float("inf")):
-                what = "is not finite" if not (low > -float("inf") and high < float("inf")) else f"has the entry {low:.3g}"
+                what = (
+                    "is not finite" if not (low > -float("inf") and high < float("inf")) else f"has the entry {low:.3g}"
+                )
                 raise Refusal(f"{name} of affine step {number} {what}; it must be nonnegative")
 
 
@@ -215,12 +217,18 @@ def certify(module: nn.Module) -> Certificate:
     own = getattr(module, "certificate", None)
     if callable(own):
         return own()
-    parts = [(name, child.certificate()) for name, child in module.named_modules() if callable(getattr(child, "certificate", None))]
+    parts = [
+        (name, child.certificate())
+        for name, child in module.named_modules()
+        if callable(getattr(child, "certificate", None))
+    ]
     if parts:
         refused = [f"{name}: {part.refusal}" for name, part in parts if not part]
         if refused:
             return replace(_refused("; ".join(refused), kind="network"), parts=tuple(parts))
-        return Certificate(True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts))
+        return Certificate(
+            True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
+        )
     try:
         return derive(trace(module), positive_injection=True)
     except Refusal as refusal:

@@ -32,7 +32,9 @@ def presets() -> dict[str, Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="perron", description="Equilibrium networks whose fixed points come with a proof.")
+    parser = argparse.ArgumentParser(
+        prog="perron", description="Equilibrium networks whose fixed points come with a proof."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         sub = commands.add_parser(
@@ -46,9 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
         if name == "fit":
-            sub.add_argument("--resume", action="store_true", help="continue the preset's latest run, exactly where it stopped")
+            sub.add_argument(
+                "--resume", action="store_true", help="continue the preset's latest run, exactly where it stopped"
+            )
         if name == "certify":
-            sub.add_argument("--data", default="test", choices=["test", "validation"], help="which split (default test)")
+            sub.add_argument(
+                "--data", default="test", choices=["test", "validation"], help="which split (default test)"
+            )
     return parser
 
 
@@ -68,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config is None and Path(arguments.target).suffix in (".yaml", ".yml"):
                 config = Path(arguments.target)
             if config is None or not config.is_file():
-                raise run.UsageError(f"no preset {arguments.target!r}; choose one of {', '.join(presets())}, or a .yaml file")
+                raise run.UsageError(
+                    f"no preset {arguments.target!r}; choose one of {', '.join(presets())}, or a .yaml file"
+                )
             run.fit(config, arguments.runs, arguments.data_dir, rest, resume=arguments.resume, command=command)
         else:
             loaded = run.load(arguments.target, arguments.runs, arguments.data_dir, rest)

@@ -71,7 +71,9 @@ def _row_norm(weight: Tensor) -> Tensor:
     return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def nonnegative(module: nn.Module, name: str = "weight", *, method: Method = "square", normalize: bool = False) -> nn.Module:
+def nonnegative(
+    module: nn.Module, name: str = "weight", *, method: Method = "square", normalize: bool = False
+) -> nn.Module:
     """Constrain the parameter `name` of `module` to be nonnegative, starting at its present absolute value.
 
     >>> linear = nonnegative(nn.Linear(3, 3, bias=False))

@@ -1,12 +1,12 @@
-"""Two-sided bounds on the fixed point of a positive concave cell, proven by two evaluations of f.
+"""Two-sided bounds on the fixed point of a positive concave cell, proven from a few evaluations of f.
 
 If `p >= 0` and `f(p) >= p` then `p <= z*`; if `f(q) <= q` then `z* <= q`. Both are checked with the rounding error of f
-on the unfavourable side. The two evaluations give more: f is concave, so on the segment from p to q
+on the unfavourable side. Concavity gives more from the same evaluations:
 
-    f((1-t) p + t q) >= (1-t) f(p) + t f(q),
-
-and the point `y = (1-t) p + t q` is itself below z* as long as `t (q - f(q)) <= (1-t) (f(p) - p)`. The largest such t
-usually moves the lower bound most of the way to the upper one, at no further evaluation.
+    f((1-a) p) >= (1-a) f(p) + a f(0)          a point that misses by rounding only is mended by a little scaling,
+    f((1+a) q) <= (1+a) f(q) - a f(0)          downwards or upwards,
+    f((1-t) p + t q) >= (1-t) f(p) + t f(q)    and the chord from p to q gives a far better lower bound: its point at t
+                                               is below z* as long as t (q - f(q)) <= (1-t) (f(p) - p).
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from perron._batch import all_finite, all_true, amax, amin, per_sample
-from perron.certificates import derive
 from perron.cells import Chain, Refusal, Rounding, trace, unit_roundoff
+from perron.certificates import derive
 
-__all__ = ["Enclosure", "chord", "prove", "prove_around", "relative_error_bound", "round_outward", "verify"]
+__all__ = [
+    "Enclosure",
+    "Evaluated",
+    "chord",
+    "prove",
+    "prove_around",
+    "relative_error_bound",
+    "round_outward",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Enclosure:
     proven: Tensor
     precision: torch.dtype
     residual: Tensor
-    evaluations: int = 2
+    evaluations: int = 0
 
 
 def chord(gain: Tensor, loss: Tensor, noise: Tensor | float = 0.0) -> Tensor:
@@ -57,31 +66,56 @@ def chord(gain: Tensor, loss: Tensor, noise: Tensor | float = 0.0) -> Tensor:
     return per_sample(torch.where(s.isinf(), 1.0, s / (1 + s)), gain)
 
 
-def prove(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding: Rounding | None = None) -> Enclosure:
-    """Prove an enclosure from a lower and an upper trial point, in the dtype of the arguments.
+@dataclass(frozen=True)
+class Evaluated:
+    """Computed values of f: at 0, at a lower trial point p and at an upper one q; (batch, ...) each."""
 
-    The certificate of the chain (existence and uniqueness) is the caller's business; so is `injection`'s sign.
+    at_zero: Tensor
+    p: Tensor
+    at_p: Tensor
+    q: Tensor
+    at_q: Tensor
 
-    Args:
-        chain: the cell, in the dtype of the proof.
-        injection: (batch, ...) b.
-        p, q: (batch, ...) trial points, 0 <= p <= q; entries of q may be inf only if the sample is not to be proven.
-        rounding: of the chain in this dtype, if already known.
+
+def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
+    """Prove an enclosure from computed values of f, in their dtype, without evaluating f again.
+
+    The certificate of the cell (existence and uniqueness) and the sign of its injection are the caller's business.
     """
-    dtype = injection.dtype
-    u = unit_roundoff(dtype)
-    rounding = rounding or chain.rounding(dtype)
+    p, q = values.p, values.q
+    u = unit_roundoff(p.dtype)
+    # The factors 1 -/+ 8u here and 1.01 below cover the roundings of these very lines.
+    down, up = (1 - rounding.relative) * (1 - 8 * u), (1 + rounding.relative) * (1 + 8 * u)
+    low_zero, low_p, low_q = (
+        (f * down - 2 * rounding.absolute).clamp_min(0) for f in (values.at_zero, values.at_p, values.at_q)
+    )
+    high_q = values.at_q * up + 2 * rounding.absolute
+    shrink = _needed_scaling(p - low_p, low_zero)
+    grow = _needed_scaling(high_q - q, low_zero)
+    proven = (
+        all_true((p >= 0) & (p <= q) & torch.isfinite(q) & torch.isfinite(values.at_q)) & (shrink < 0.5) & (grow < 1)
+    )
+    shrink, grow = per_sample(shrink, p), per_sample(grow, p)
+    gain = ((1 - shrink) * (low_p - p) + shrink * low_zero).clamp_min(0)
+    top = (1 + grow) * q
+    t = chord(gain, (top - low_q).clamp_min(0)) * (1 - 1e-3)
+    first = (1 - shrink) * p + gain
+    lower = torch.maximum(first, (1 - t) * first + t * low_q) * (1 - 16 * u)
+    upper = torch.minimum(top, (1 + grow) * high_q) * (1 + 16 * u)
+    residual = amax((values.at_q - q).abs() / values.at_q.clamp_min(torch.finfo(p.dtype).tiny))
+    return Enclosure(lower, upper, proven, p.dtype, residual)
+
+
+def _needed_scaling(miss: Tensor, at_zero: Tensor) -> Tensor:
+    """(batch,) the smallest a with `miss <= a f(0)`, a little enlarged; inf (or NaN) where there is none."""
+    return amax(torch.where(miss > 0, miss / at_zero, 0.0)) * 1.01
+
+
+def prove_points(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding: Rounding) -> Enclosure:
+    """`prove` with the evaluations of f at 0, p and q."""
     n = len(p)
-    values = chain(torch.cat([p, q]), torch.cat([injection, injection]))
-    # The factors 1 -/+ 8u cover the roundings of these lines themselves.
-    low = (values * (1 - rounding.relative) * (1 - 8 * u) - 2 * rounding.absolute).clamp_min(0)
-    high = values * (1 + rounding.relative) * (1 + 8 * u) + 2 * rounding.absolute
-    proven = all_true((p >= 0) & (p <= low[:n]) & (high[n:] <= q) & torch.isfinite(q) & (p <= q))
-    t = chord((low[:n] - p).clamp_min(0), (q - low[n:]).clamp_min(0)) * (1 - 1e-3)
-    lower = torch.maximum(low[:n], ((1 - t) * low[:n] + t * low[n:]) * (1 - 8 * u))
-    upper = torch.minimum(high[n:], q)
-    residual = amax((values[n:] - q).abs() / values[n:].clamp_min(torch.finfo(dtype).tiny))
-    return Enclosure(lower, upper, proven, dtype, residual)
+    f = chain(torch.cat([torch.zeros_like(p), p, q]), torch.cat([injection] * 3))
+    return replace(prove(Evaluated(f[:n], p, f[n : 2 * n], q, f[2 * n :]), rounding), evaluations=3)
 
 
 def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
@@ -146,7 +180,9 @@ def verify(
     """
     chain = cell if isinstance(cell, Chain) else trace(getattr(cell, "cell", cell))
     if candidate.shape != injection.shape:
-        raise ValueError(f"candidate has shape {tuple(candidate.shape)}, injection {tuple(injection.shape)}; they must agree")
+        raise ValueError(
+            f"candidate has shape {tuple(candidate.shape)}, injection {tuple(injection.shape)}; they must agree"
+        )
     with torch.autocast(candidate.device.type, enabled=False):
         certificate = derive(chain, positive_injection=False)
         if not certificate:
@@ -185,7 +221,7 @@ def prove_around(
     best: Enclosure | None = None
     for _ in range(attempts):
         step = per_sample(delta, z) * w
-        attempt = prove(chain, injection, (z - step).clamp_min(0), z + step, rounding)
+        attempt = prove_points(chain, injection, (z - step).clamp_min(0), z + step, rounding)
         evaluations += attempt.evaluations
         best = attempt if best is None else _merge(best, attempt)
         if bool((best.proven | ~finite).all()):

@@ -100,7 +100,9 @@ def _pullback(
     with torch.enable_grad():
         # Aliases: the gradient must not leak from z back into the inputs it was computed from.
         state = z.view_as(z) if create_graph else z.detach()
-        aliases = [t.view_as(t) if create_graph else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+        aliases = [
+            t.view_as(t) if create_graph else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)
+        ]
         y = run.evaluate(state, aliases[0], tuple(aliases[1:]))
         targets = [a for a, n in zip(aliases, needed, strict=True) if n]
         found = torch.autograd.grad(y, targets, g, create_graph=create_graph, allow_unused=True) if targets else ()
@@ -137,7 +139,9 @@ class _Tangent(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, z: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor) -> Tensor:
         linear = run.map.linearize(z, injection)
         w, _, _, converged, residual = _neumann(linear.matvec, v, run.solver, torch.ones_like(v), None)
-        report_failure("tangent of the adjoint", converged, residual, run.solver.tol, run.solver.max_steps, run.solver.on_failure)
+        report_failure(
+            "tangent of the adjoint", converged, residual, run.solver.tol, run.solver.max_steps, run.solver.on_failure
+        )
         ctx.run = run
         ctx.save_for_backward(z, w, injection, *tensors)
         return w

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from perron.data.sources import CLASSES, Arrays, DataError, read_cifar10, read_digits, read_fashion_mnist, read_mnist
+from perron.data.sources import (
+    CLASSES,
+    Arrays,
+    DataError,
+    Split,
+    read_cifar10,
+    read_digits,
+    read_fashion_mnist,
+    read_mnist,
+)
 
 __all__ = ["CIFAR10", "DATA_MODULES", "MNIST", "Digits", "FashionMNIST", "ImageData"]
 
@@ -54,7 +63,7 @@ class ImageData(L.LightningDataModule):
     """
 
     name = ""
-    read: Callable[[Path | None, str], Arrays]
+    read: Callable[[Path | None, Split], Arrays]
     image_shape: tuple[int, int, int] = (1, 28, 28)
     mean: float = 0.0
     std: float = 1.0
@@ -75,7 +84,13 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
         if limit is not None and limit < 20:
             raise ValueError(f"limit must be at least 20, got {limit}")
-        self.data_dir, self.batch_size, self.validation, self.seed, self.limit = data_dir, batch_size, validation, seed, limit
+        self.data_dir, self.batch_size, self.validation, self.seed, self.limit = (
+            data_dir,
+            batch_size,
+            validation,
+            seed,
+            limit,
+        )
         self.splits: dict[str, TensorDataset] = {}
 
     @property

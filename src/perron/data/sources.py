@@ -134,7 +134,12 @@ def read_cifar10(folder: Path | None, split: Split) -> Arrays:
     """CIFAR-10 from its standard Python batches, or from a zip of class folders."""
     if folder is None:
         raise DataError(f"cifar10 is not embedded. {_get('cifar10')}")
-    for place in (folder, folder / "cifar10", folder / "cifar-10-batches-py", folder / "cifar10" / "cifar-10-batches-py"):
+    for place in (
+        folder,
+        folder / "cifar10",
+        folder / "cifar-10-batches-py",
+        folder / "cifar10" / "cifar-10-batches-py",
+    ):
         if (place / "test_batch").is_file():
             return _read_cifar_batches(place, split)
         for archive in sorted(place.glob("*cifar*.zip")):
@@ -173,7 +178,9 @@ def _read_cifar_zip(path: Path, split: Split) -> Arrays:
         with zipfile.ZipFile(path) as archive:
             members = sorted(n for n in archive.namelist() if f"{split}/" in n and n.lower().endswith((".jpg", ".png")))
             if len(members) != expected:
-                raise DataError(f"{path} holds {len(members)} images in {split}/, expected {expected}. {_get('cifar10')}")
+                raise DataError(
+                    f"{path} holds {len(members)} images in {split}/, expected {expected}. {_get('cifar10')}"
+                )
             for k, member in enumerate(members):
                 with Image.open(io.BytesIO(archive.read(member))) as image:
                     images[k] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)

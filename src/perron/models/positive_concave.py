@@ -108,7 +108,9 @@ class PositiveConcaveConvNet(nn.Sequential):
         for _ in widths[1:]:
             size = (size + 1) // 2
         if not widths or size < 4:
-            raise ValueError(f"{len(widths)} blocks on images of side {image_size} leave {size} pixels; at least 4 are needed")
+            raise ValueError(
+                f"{len(widths)} blocks on images of side {image_size} leave {size} pixels; at least 4 are needed"
+            )
         blocks: list[nn.Module] = []
         for number, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False)):
             blocks += [

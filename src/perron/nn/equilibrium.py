@@ -83,12 +83,14 @@ class Equilibrium(nn.Module):
     def certificate(self) -> Certificate:
         """What is proven for every input the layer accepts; see `perron.certify`."""
         with torch.no_grad():
-            map, reason = as_map(self.cell)
-            return self._derive(map, reason)[0]
+            return self.derive(*as_map(self.cell))[0]
 
     def injected(self, x: Tensor) -> Tensor:
         """The injection b of an input, in the precision of the solve."""
-        b = self._pre_injection(x).to(self._working_dtype())
+        return self.positive(self._pre_injection(x).to(self._working_dtype()))
+
+    def positive(self, b: Tensor) -> Tensor:
+        """Softplus or relu of the pre-activation, monotone, as the layer's `injection` says; "given" changes nothing."""
         if self.injection == "softplus":
             return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
         return F.relu(b) if self.injection == "relu" else b
@@ -115,7 +117,7 @@ class Equilibrium(nn.Module):
         dtype = self._parameter_dtype()
         return dtype if dtype == torch.float64 else torch.float32
 
-    def _derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
+    def derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
         """The certificate, and whether it needs b > 0 rather than b >= 0."""
         if not isinstance(map, Chain):
             return Certificate(False, False, False, "none", refusal=reason), False
@@ -135,7 +137,7 @@ class Equilibrium(nn.Module):
         if dtype != working:
             map = map.rebind([t.to(working) for t in map.tensors])
         with torch.no_grad():
-            certificate, positive = self._derive(map, reason)
+            certificate, positive = self.derive(map, reason)
             if certificate and self.injection == "given":
                 check_injection(b, positive=positive)
         return FixedPointProblem(map, b, bool(certificate)), dtype

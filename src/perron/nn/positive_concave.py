@@ -48,7 +48,9 @@ class _PositiveConcave(Equilibrium):
         if injection not in ("inside", "pre", "given"):
             raise ValueError(f"injection must be 'inside', 'pre' or 'given', got {injection!r}")
         if injection != "inside" and in_features != features:
-            raise ValueError(f"with injection={injection!r} the input is the injection: in_features={in_features} must equal {features}")
+            raise ValueError(
+                f"with injection={injection!r} the input is the injection: in_features={in_features} must equal {features}"
+            )
         if not 0 <= initial_radius < float("inf"):
             raise ValueError(f"initial_radius must be finite and not negative, got {initial_radius}")
         sigma = get_activation(activation)
@@ -189,7 +191,9 @@ class _PositiveConcaveConv(_PositiveConcave):
         dtype: torch.dtype | None = None,
     ) -> None:
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, so that the spatial size is kept, got {kernel_size}")
+            raise ValueError(
+                f"kernel_size must be odd and positive, so that the spatial size is kept, got {kernel_size}"
+            )
         convolution = _CONVOLUTIONS[self.dims]
         padding = (kernel_size - 1) // 2
         super().__init__(

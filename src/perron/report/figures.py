@@ -8,15 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["certified_error", "confusion", "effective_depth", "learning_curves", "solver_steps", "spectral_radius", "widths"]
+__all__ = [
+    "certified_error",
+    "confusion",
+    "effective_depth",
+    "learning_curves",
+    "solver_steps",
+    "spectral_radius",
+    "widths",
+]
 
 Rows = list[dict[str, float]]
 Evaluation = dict[str, Any]
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -26,7 +35,7 @@ _STYLE = {
     "axes.titlelocation": "left",
     "svg.fonttype": "path",
     "svg.hashsalt": "perron",
-    "axes.prop_cycle": mpl.cycler(color=["#2563eb", "#dc6803", "#0f766e", "#9333ea", "#475569"]),
+    "axes.prop_cycle": cycler(color=["#2563eb", "#dc6803", "#0f766e", "#9333ea", "#475569"]),
 }
 
 
@@ -39,7 +48,9 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.4, 3.4)) -
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # The size comes from the page, so that it fits a phone.
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
 
 
 def _series(axes: Axes, rows: Rows, key: str, label: str, **style: Any) -> bool:
@@ -107,7 +118,7 @@ def _histogram(evaluation: Evaluation, key: str, title: str, label: str) -> str 
     if not values:
         return None
     low, high = np.log10(min(values)), np.log10(max(values))
-    bins = np.logspace(low - 0.05, high + 0.05, 40)
+    bins = np.logspace(low - 0.05, high + 0.05, 40).tolist()
 
     def draw(axes: Axes) -> None:
         for name, part in layers.items():
@@ -135,7 +146,9 @@ def effective_depth(evaluation: Evaluation) -> str | None:
         axes.plot(range(len(labels)), [100 * depth[k] for k in labels], marker="o")
         axes.set_xticks(range(len(labels)), labels)
         for k, label in enumerate(labels):
-            axes.annotate(f"{100 * depth[label]:.1f}", (k, 100 * depth[label]), (0, 7), textcoords="offset points", ha="center")
+            axes.annotate(
+                f"{100 * depth[label]:.1f}", (k, 100 * depth[label]), (0, 7), textcoords="offset points", ha="center"
+            )
         axes.set(xlabel="solve cut to this many evaluations of f", ylabel="accuracy, %", title="Effective depth")
         axes.margins(y=0.18)
 
@@ -154,9 +167,19 @@ def confusion(evaluation: Evaluation, classes: Sequence[str]) -> str | None:
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
                 if value:
-                    axes.text(j, i, value, ha="center", va="center", fontsize=8, color="white" if rows[i][j] > 0.5 else "#334155")
+                    axes.text(
+                        j,
+                        i,
+                        value,
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if rows[i][j] > 0.5 else "#334155",
+                    )
         rotated = max(map(len, classes)) > 2
-        axes.set_xticks(range(len(classes)), classes, rotation=60 if rotated else 0, ha="right" if rotated else "center")
+        axes.set_xticks(
+            range(len(classes)), classes, rotation=60 if rotated else 0, ha="right" if rotated else "center"
+        )
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
 

@@ -26,7 +26,8 @@ p { max-width: 46rem; } .soft { color: var(--soft); margin: 0 0 1.2rem; }
 svg { width: 100%; height: auto; display: block; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .86rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); }
+td, th { vertical-align: top; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 """
 
@@ -85,7 +86,9 @@ def _tile(value: str, label: str) -> str:
 
 
 def _tiles(evaluations: dict[str, dict[str, Any]], history: list[dict[str, float]]) -> str:
-    tiles = [_tile(f"{e['accuracy']:.2%}", f"{split} accuracy, {e['samples']} images") for split, e in evaluations.items()]
+    tiles = [
+        _tile(f"{e['accuracy']:.2%}", f"{split} accuracy, {e['samples']} images") for split, e in evaluations.items()
+    ]
     e = list(evaluations.values())[-1]
     errors = [v for layer in e["layers"].values() for v in layer["error_bound"]]
     if errors:
@@ -123,7 +126,10 @@ def _layers(evaluation: dict[str, Any]) -> str:
 def _provenance(provenance: dict[str, Any]) -> str:
     commands = "\n".join(provenance["commands"])
     versions = ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())
-    seed = next((line for line in provenance["config"].splitlines() if line.startswith("seed_everything")), "seed_everything: none")
+    seed = next(
+        (line for line in provenance["config"].splitlines() if line.startswith("seed_everything")),
+        "seed_everything: none",
+    )
     return (
         f"<div class='card'><table><tr><th>command</th><td><pre>{escape(commands)}</pre></td></tr>"
         f"<tr><th>versions</th><td>{escape(versions)}</td></tr><tr><th>seed</th><td>{escape(seed)}</td></tr></table>"

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from perron.cells import Chain, Opaque
 
-__all__ = ["AdjointSolution", "ConvergenceError", "ConvergenceWarning", "FixedPointProblem", "OnFailure", "Solution", "Solver"]
+__all__ = [
+    "AdjointSolution",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FixedPointProblem",
+    "OnFailure",
+    "Solution",
+    "Solver",
+]
 
 OnFailure = Literal["warn", "raise", "ignore"]
 
@@ -109,15 +117,21 @@ class FixedPointProblem:
 class Solver(Protocol):
     """Anything that solves a problem. `tol` is the tolerance on the relative error, also of the adjoint."""
 
-    tol: float
-    max_steps: int
-    on_failure: OnFailure
-    verify: torch.dtype | None
+    @property
+    def tol(self) -> float: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def on_failure(self) -> OnFailure: ...
 
     def solve(self, problem: FixedPointProblem) -> Solution: ...
 
 
-def report_failure(what: str, converged: Tensor, measure: Tensor, tol: float, max_steps: int, on_failure: OnFailure) -> None:
+def report_failure(
+    what: str, converged: Tensor, measure: Tensor, tol: float, max_steps: int, on_failure: OnFailure
+) -> None:
     """Warn or raise, once, with the numbers, if some samples have not converged.
 
     Raises:

@@ -1,31 +1,29 @@
-"""Picard iteration, with rigorous extrapolation for positive concave cells.
+"""Picard iteration, stopped and extrapolated rigorously for positive concave cells.
 
-One cycle takes a lower point p (f(p) >= p) and an upper point u (f(u) <= u) and evaluates f three times:
+From z = 0 the iterates rise to z*. Two increments in a row, d = z - p with z = f(p) and e = f(z) - z, bound the rest:
 
-    z = f(p),  s = f(z),  r = max_i (s - z)_i / (z - p)_i,  q = min(u, p + (z - p)/(1 - r)),  f(q).
+    r = max_i e_i / d_i < 1   implies   z* <= q = p + d/(1 - r).
 
-By concavity q >= z* (the ray bound), f(q) is the next upper point, and the chord between z and q gives the next lower
-point (`perron.enclosure.chord`). Both bounds close in on z*: Aitken's extrapolation, made rigorous on both sides. What
-is proven in the end is proven by `perron.enclosure.prove`, not by this loop.
+Where the ratios e_i / d_i agree with each other, q is almost z* itself, long before z is. So the iteration stops as soon
+as their spread promises the tolerance, and `perron.enclosure.prove` proves it from the pair (z, q) by one evaluation
+more: the chord between them gives the lower bound. If the promise was not kept, the iteration goes on where it was.
+The ratios are differences of differences, so this runs in float64 unless no proof is wanted.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, all_true, amax, per_sample
+from perron._batch import all_finite, amax, per_sample
 from perron.cells import Chain, unit_roundoff
-from perron.enclosure import Enclosure, chord, prove, prove_around, relative_error_bound, round_outward
+from perron.enclosure import Enclosure, Evaluated, chord, prove, prove_around, relative_error_bound, round_outward
 from perron.solvers.base import FixedPointProblem, OnFailure, Solution, report_failure
 
 __all__ = ["Picard"]
-
-CYCLE = 3
-PROOF = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Picard:
         max_steps: at most this many evaluations of f per sample.
         stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
             "residual" always by residual, without extrapolation.
-        verify: precision of the final proof, float64 or float32; None skips it, and nothing is certified.
+        verify: precision of the solve and its proof, float64 (default) or float32 (only where its sums can be bounded,
+            else float64); None solves in the precision of the layer, and nothing is certified.
         on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
 
     Raises:
@@ -65,10 +64,8 @@ class Picard:
     @torch.no_grad()
     def solve(self, problem: FixedPointProblem) -> Solution:
         """Solve for the whole batch; samples do not influence each other."""
-        if problem.proven and self.stop == "auto":
-            solution = _Enclosing(self, problem).run()
-        else:
-            solution = _by_residual(self, problem)
+        enclosing = problem.proven and self.stop == "auto"
+        solution = _Enclosing(self, problem).run() if enclosing else _by_residual(self, problem)
         measure = solution.error_bound if solution.stopping == "enclosure" else solution.residual
         report_failure(type(self).__name__, solution.converged, measure, self.tol, self.max_steps, self.on_failure)
         return solution
@@ -85,7 +82,9 @@ def _by_residual(solver: Picard, problem: FixedPointProblem) -> Solution:
     for _ in range(solver.max_steps if batch else 0):
         new = problem(z)
         if new.shape != z.shape:
-            raise ValueError(f"the cell maps shape {tuple(z.shape)} to {tuple(new.shape)}; a fixed point needs equal shapes")
+            raise ValueError(
+                f"the cell maps shape {tuple(z.shape)} to {tuple(new.shape)}; a fixed point needs equal shapes"
+            )
         difference = amax((new - z).abs())
         scale = amax(new.abs()).clamp_min(torch.finfo(new.dtype).tiny)
         now = difference / scale
@@ -106,174 +105,156 @@ class _Enclosing:
 
     def __init__(self, solver: Picard, problem: FixedPointProblem) -> None:
         assert isinstance(problem.map, Chain)
-        self.solver = solver
-        self.problem = problem
         b = problem.injection
+        precision = solver.verify
+        if precision is not None and problem.map.trustworthy_in(precision, b.device) is not None:
+            precision = torch.float64
+        self.solver = solver
         self.working = b.dtype
-        self.precision = solver.verify
-        if self.precision is not None and problem.map.trustworthy_in(self.precision, b.device) is not None:
-            self.precision = torch.float64
-        # Bounds live in the finer of the two precisions.
-        self.fine = torch.float64 if torch.float64 in (self.working, self.precision) else self.working
+        # Never coarser than the layer.
+        self.dtype = b.dtype if precision is None or b.dtype == torch.float64 else precision
+        self.proving = precision is not None
+        self.problem = problem.to(self.dtype)
+        self.map = self.problem.map
+        assert isinstance(self.map, Chain)
+        self.rounding = self.map.rounding(self.dtype)
         batch = len(b)
-        self.lower = torch.zeros(b.shape, dtype=self.fine, device=b.device)
-        self.upper = torch.full(b.shape, math.inf, dtype=self.fine, device=b.device)
+        self.lower = torch.zeros_like(self.problem.injection)
+        self.upper = torch.full_like(self.lower, math.inf)
         self.steps = torch.zeros(batch, dtype=torch.long, device=b.device)
-        self.residual = torch.full((batch,), math.inf, dtype=self.working, device=b.device)
-        self.rate = torch.zeros(batch, dtype=self.working, device=b.device)
+        self.residual = self.lower.new_full((batch,), math.inf)
+        self.rate = self.lower.new_zeros(batch)
         self.proven = torch.zeros(batch, dtype=torch.bool, device=b.device)
 
     def run(self) -> Solution:
-        b = self.problem.injection
-        finite = all_finite(b)
-        pending = finite.nonzero().flatten()
-        # float32 bounds cannot be narrower than its noise: such tolerances start in float64 at once.
-        phases = [self.fine]
-        if self.working != self.fine and self.solver.tol >= 256 * unit_roundoff(self.working):
-            phases = [self.working, self.fine]
-        for dtype in phases:
-            if pending.numel():
-                pending = self._phase(pending, dtype, last=dtype == phases[-1])
-        return self._solution(finite)
-
-    def _solution(self, finite: Tensor) -> Solution:
+        finite = all_finite(self.problem.injection)
+        index = finite.nonzero().flatten()
+        if index.numel():
+            self._iterate(index)
         middle = torch.where(self.upper.isinf(), self.lower, (self.lower + self.upper) / 2).to(self.working)
         value = torch.where(per_sample(finite, middle), middle, torch.nan)
-        bound = relative_error_bound(value, self.lower, self.upper)
-        certified = self.precision is not None and bool(self.proven.all())
-        if self.precision is not None:
-            bound = torch.where(self.proven, bound, torch.inf)
+        bound = torch.where(self.proven, relative_error_bound(value, self.lower, self.upper), math.inf)
+        certified = self.proving and bool(self.proven.all())
         lower, upper = round_outward(self.lower, self.upper, self.working)
-        converged = (bound <= self.solver.tol) & finite
         return Solution(
             value,
             lower,
             upper,
             self.steps,
             torch.where(finite, self.residual, torch.nan),
-            bound.to(self.fine),
+            bound,
             self.rate,
-            converged,
+            (bound <= self.solver.tol) & finite,
             certified,
-            self.precision if certified else None,
+            self.dtype if certified else None,
             "enclosure",
         )
 
-    def _phase(self, index: Tensor, dtype: torch.dtype, *, last: bool) -> Tensor:
-        """Cycle in `dtype` until the samples of `index` are done; returns those left for a finer precision."""
-        problem = self.problem.select(index).to(dtype)
-        chain = problem.map
-        assert isinstance(chain, Chain)
-        noise = 4 * unit_roundoff(dtype)
-        p = torch.zeros_like(problem.injection)
-        upper = torch.full_like(p, chain.supremum)
-        width = p.new_full((len(p),), math.inf)
-        rejected: list[Tensor] = []
-        budget = int(self.solver.max_steps - self.steps[index].max()) if len(index) else 0
+    def _iterate(self, index: Tensor) -> None:
+        """Iterate the samples of `index` until each is done, or at the end of its steps."""
+        problem = self.problem.select(index)
+        z = torch.zeros_like(problem.injection)
+        s = _checked(problem, z)
+        at_zero = s
+        # How much of the tolerance the predicted width may take; halved for a sample whose proof missed it.
+        share = torch.ones_like(z.flatten(1)[:, :1].sum(1))
+        steps = 1
         while True:
-            z, s, q, lower, high, r = _cycle(problem, p, upper, noise)
-            budget -= CYCLE
-            self.steps[index] += CYCLE
-            new_width = amax((high - lower) / lower.clamp_min(torch.finfo(dtype).tiny))
+            p, z, s = z, s, problem(s)
+            steps += 1
+            q, predicted, r, still = _extrapolate(p, z, s, self.map.supremum, 4 * unit_roundoff(self.dtype))  # type: ignore[union-attr]
             # NaN compares false: such a sample is never ready.
-            ready = new_width <= self.solver.tol
-            # In the coarser precision a sample that no longer improves has met its noise.
-            stalled = (new_width > 0.5 * width) & (new_width < 1e-2) if not last else torch.zeros_like(ready)
-            exhausted = budget < CYCLE + PROOF
-            finish = (torch.ones_like(ready) if exhausted else ready) & ~stalled
-            done = self._finish(problem, index, z, q, lower, high, r, finish, dtype) if bool(finish.any()) else finish
-            budget -= PROOF * bool(finish.any())
-            failed = finish & ~done
-            leave = done | stalled | (failed & (not last)) | exhausted
-            rejected.append(index[(stalled | failed) & ~done])
-            p, upper, width = lower, high, new_width
-            if bool(leave.any()):
-                keep = (~leave).nonzero().flatten()
-                if not keep.numel():
-                    break
-                index, p, upper, width, problem = index[keep], p[keep], upper[keep], width[keep], problem.select(keep)
-        return torch.cat(rejected)
+            ready = (predicted <= share * self.solver.tol) | still
+            exhausted = steps + 2 > self.solver.max_steps
+            finish = torch.ones_like(ready) if exhausted else ready
+            if not bool(finish.any()):
+                continue
+            steps += 1
+            done = self._finish(problem, index, steps, Evaluated(at_zero, z, s, q, q), r, finish)
+            share = torch.where(finish, share / 2, share)
+            # A sample that stands still has met the rounding of this precision: more steps cannot help.
+            keep = (~(done | still | exhausted)).nonzero().flatten()
+            if not keep.numel():
+                return
+            if len(keep) < len(index):
+                index, z, s, share, problem = index[keep], z[keep], s[keep], share[keep], problem.select(keep)
+                at_zero = at_zero[keep]
 
     def _finish(
-        self,
-        problem: FixedPointProblem,
-        index: Tensor,
-        z: Tensor,
-        q: Tensor,
-        lower: Tensor,
-        high: Tensor,
-        r: Tensor,
-        finish: Tensor,
-        dtype: torch.dtype,
+        self, problem: FixedPointProblem, index: Tensor, steps: int, trial: Evaluated, r: Tensor, finish: Tensor
     ) -> Tensor:
-        """Prove and store the enclosures of the samples in `finish`; returns the mask of those within the tolerance."""
+        """Evaluate f at q for the samples in `finish`, enclose them and store that; returns the mask of those done."""
         chosen = finish.nonzero().flatten()
         where = index[chosen]
-        self.rate[where] = r[chosen].to(self.working)
-        if self.precision is None:
-            self.lower[where], self.upper[where] = lower[chosen].to(self.fine), high[chosen].to(self.fine)
-            self.residual[where] = ((high - lower)[chosen] / lower[chosen]).flatten(1).amax(1).to(self.working)
-            accepted = torch.ones_like(chosen, dtype=torch.bool)
-        else:
-            sub = problem.select(chosen).to(self.precision)
-            assert isinstance(sub.map, Chain)
-            rounding = sub.map.rounding(self.precision)
-            # Trial points a little outside the iterates, by what rounding may have cost them.
-            pad = max(32 * unit_roundoff(dtype), 32 * rounding.relative)
-            low_trial = z[chosen].to(self.precision) * (1 - pad)
-            high_trial = q[chosen].to(self.precision) * (1 + pad) + 64 * rounding.absolute
-            found = prove(sub.map, sub.injection, low_trial, high_trial, rounding)
-            self.steps[where] += PROOF
-            if not bool(found.proven.all()):
-                found = self._prove_harder(sub, where, found, (lower[chosen] + high[chosen]) / 2)
-            self.residual[where] = found.residual.to(self.working)
-            self.proven[where] = found.proven
-            mask = per_sample(found.proven, found.lower)
-            self.lower[where] = torch.where(mask, found.lower, 0.0).to(self.fine)
-            self.upper[where] = torch.where(mask, found.upper, math.inf).to(self.fine)
-            middle = ((found.lower + found.upper) / 2).to(self.working)
-            accepted = found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
+        sub = problem.select(chosen)
+        trial = Evaluated(*(getattr(trial, f.name)[chosen] for f in fields(Evaluated)))
+        trial = replace(trial, at_q=sub(trial.q))
+        found = prove(trial, self.rounding) if self.proving else _observe(trial)
+        if self.proving and not bool(found.proven.all()):
+            found = self._prove_harder(sub, found, trial.at_p)
+        self.steps[where] = steps + found.evaluations
+        self.rate[where] = r[chosen]
+        self.residual[where] = found.residual
+        self.proven[where] = found.proven
+        mask = per_sample(found.proven, found.lower)
+        self.lower[where] = torch.where(mask, found.lower, 0.0)
+        self.upper[where] = torch.where(mask, found.upper, math.inf)
+        middle = ((found.lower + found.upper) / 2).to(self.working)
         done = torch.zeros_like(finish)
-        done[chosen] = accepted
+        done[chosen] = found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
         return done
 
-    def _prove_harder(self, problem: FixedPointProblem, where: Tensor, found: Enclosure, candidate: Tensor) -> Enclosure:
+    def _prove_harder(self, problem: FixedPointProblem, found: Enclosure, candidate: Tensor) -> Enclosure:
         """Where scaling leaves no slack against rounding (f nearly homogeneous in a coordinate), widen along (I - J)^-1."""
         assert isinstance(problem.map, Chain)
-        assert self.precision is not None
-        open_ = (~found.proven & all_finite(candidate)).nonzero().flatten()
-        if not open_.numel():
+        left = (~found.proven & all_finite(candidate)).nonzero().flatten()
+        if not left.numel():
             return found
-        sub = problem.select(open_)
-        around = prove_around(problem.map, sub.injection, candidate[open_].to(self.precision), attempts=4)
-        self.steps[where[open_]] += around.evaluations
+        around = prove_around(problem.map, problem.injection[left], candidate[left], attempts=4)
         lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
-        lower[open_], upper[open_] = around.lower, around.upper
-        proven[open_], residual[open_] = around.proven, around.residual
-        return replace(found, lower=lower, upper=upper, proven=proven, residual=residual)
+        lower[left], upper[left] = around.lower, around.upper
+        proven[left], residual[left] = around.proven, around.residual
+        return replace(
+            found, lower=lower, upper=upper, proven=proven, residual=residual, evaluations=around.evaluations
+        )
 
 
-def _cycle(
-    problem: FixedPointProblem, p: Tensor, upper: Tensor, noise: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Three evaluations: returns z, f(z), the upper trial point q, the next lower and upper points, and the ratio r."""
-    z = problem(p)
-    if z.shape != p.shape:
-        raise ValueError(f"the cell maps shape {tuple(p.shape)} to {tuple(z.shape)}; a fixed point needs equal shapes")
-    s = problem(z)
-    first, second = z - p, s - z
+def _observe(trial: Evaluated) -> Enclosure:
+    """The same bounds taken at face value, rounding ignored: nothing is proven by them."""
+    z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
+    t = chord((s - z).clamp_min(0), trial.q - high, 4 * unit_roundoff(z.dtype) * s)
+    lower = (1 - t) * s + t * high
+    residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
+    return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
+
+
+def _checked(problem: FixedPointProblem, z: Tensor) -> Tensor:
+    """f(z), with a clear error if the cell changes the shape."""
+    new = problem(z)
+    if new.shape != z.shape:
+        raise ValueError(
+            f"the cell maps shape {tuple(z.shape)} to {tuple(new.shape)}; a fixed point needs equal shapes"
+        )
+    return new
+
+
+def _extrapolate(
+    p: Tensor, z: Tensor, s: Tensor, supremum: float, noise: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From p, z = f(p), s = f(z): the upper point q, its predicted relative distance to z*, r, and who stands still.
+
+    Where an entry's own ratio r_i went on, its limit would be z_i + e_i/(1 - r_i); q is that for the largest ratio. The
+    distance between the two predicts the width of the enclosure (a prediction only: it decides when to try a proof).
+    """
+    d, e = z - p, s - z
     floor = noise * s
-    moving = second > floor
-    ratio = torch.where(moving, second / first.clamp_min(torch.finfo(z.dtype).tiny), 0.0)
+    tiny = torch.finfo(z.dtype).tiny
+    ratio = torch.where(e > floor, e / d.clamp_min(tiny), 0.0)
     r = amax(ratio)
     factor = per_sample(torch.where(r < 1, 1 / (1 - r), math.inf), z)
     # Where nothing moves the factor may be infinite; 0 * inf must not become NaN.
-    ray = p + torch.where(first > 0, first * factor, 0.0)
-    q = torch.minimum(upper, torch.maximum(ray, s))
-    unbounded = per_sample(~all_true(q.isfinite()), q)
-    q = torch.where(unbounded, s, q)
-    fq = problem(q)
-    t = chord(second.clamp_min(0), q - fq, floor)
-    lower = torch.where(unbounded, fq, torch.maximum(s, (1 - t) * s + t * torch.minimum(fq, q)))
-    high = torch.where(unbounded, math.inf, torch.maximum(fq, lower))
-    return z, s, q, lower, high, r
+    ray = p + torch.where(d > 0, d * factor, 0.0)
+    q = torch.maximum(ray, s).clamp_max(supremum)
+    own = z + torch.where(e > 0, e, 0.0) / (1 - ratio).clamp_min(1e-30)
+    predicted = amax((q - torch.minimum(own, q)) / s.clamp_min(tiny))
+    return q, torch.where(r < 1, predicted, math.inf), r, r == 0

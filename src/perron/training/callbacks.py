@@ -5,16 +5,65 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from perron.certificates import spectral_radius_bound
 from perron.training.module import equilibrium_layers
 
-__all__ = ["History"]
+__all__ = ["EpochLines", "History", "Progress"]
+
+
+SHOWN = {
+    "loss": ".3f",
+    "acc": ".1%",
+    "forward_steps": ".1f",
+    "backward_steps": ".1f",
+    "error_bound": ".0e",
+}
+_SHORT = {"forward_steps": "fwd", "backward_steps": "bwd", "error_bound": "error"}
+
+
+def _summary(metrics: Mapping[str, Any], suffix: str) -> dict[str, str]:
+    """Short names and formatted values: of training (with `suffix` behind the name), then of validation."""
+    found = {}
+    for name, form in SHOWN.items():
+        if f"train_{name}{suffix}" in metrics:
+            found[_SHORT.get(name, name)] = format(float(metrics[f"train_{name}{suffix}"]), form)
+    for name in ("loss", "acc"):
+        if f"val_{name}" in metrics:
+            found[f"val_{name}"] = format(float(metrics[f"val_{name}"]), SHOWN[name])
+    return found
+
+
+class Progress(TQDMProgressBar):
+    """One line: loss, accuracy, solver steps forward and backward, largest certified error, validation."""
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        return dict(_summary(trainer.progress_bar_metrics, "_step"))
+
+
+class EpochLines(L.Callback):
+    """The same once an epoch as a line of text, where there is no terminal.
+
+    Args:
+        write: takes the line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parts = [f"{k} {v}" for k, v in _summary(trainer.callback_metrics, "_epoch").items()]
+        self.write(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: " + ", ".join(parts))
 
 
 class History(L.Callback):

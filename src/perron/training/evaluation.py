@@ -52,12 +52,16 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
     data = list(batches)
     confusion = torch.zeros(classes, classes, dtype=torch.long)
     names = [name for name, _ in equilibrium_layers(model)]
-    collected: dict[str, dict[str, list[Tensor]]] = {n: {"error": [], "width": [], "steps": [], "depth": []} for n in names}
+    collected: dict[str, dict[str, list[Tensor]]] = {
+        n: {"error": [], "width": [], "steps": [], "depth": []} for n in names
+    }
     proven = total = 0
     with _solvers(model, verify=torch.float64, on_failure="ignore"):
         for x, y in data:
             predicted = model(x).argmax(1)
-            confusion += torch.bincount(y.cpu() * classes + predicted.cpu(), minlength=classes**2).reshape(classes, classes)
+            confusion += torch.bincount(y.cpu() * classes + predicted.cpu(), minlength=classes**2).reshape(
+                classes, classes
+            )
             for name, layer in equilibrium_layers(model):
                 s = layer.last_solution
                 assert s is not None

@@ -44,7 +44,9 @@ class Classifier(L.LightningModule):
     ) -> None:
         super().__init__()
         if learning_rate <= 0 or weight_decay < 0:
-            raise ValueError(f"learning_rate must be positive and weight_decay not negative, got {learning_rate}, {weight_decay}")
+            raise ValueError(
+                f"learning_rate must be positive and weight_decay not negative, got {learning_rate}, {weight_decay}"
+            )
         self.model = model
         self.learning_rate, self.weight_decay, self.certify_training = learning_rate, weight_decay, certify_training
         self.accuracy = nn.ModuleDict(
@@ -90,9 +92,9 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(logits, y)
         accuracy = self.accuracy[f"{prefix}_accuracy"]
         accuracy(logits, y)
-        shown = {"prog_bar": True, "on_step": on_step, "on_epoch": True, "batch_size": len(y)}
+        shown: dict[str, Any] = {"prog_bar": True, "on_step": on_step, "on_epoch": True, "batch_size": len(y)}
         self.log(f"{prefix}_loss", loss, **shown)
-        self.log(f"{prefix}_acc", accuracy, **shown)
+        self.log(f"{prefix}_acc", accuracy, **shown)  # type: ignore[arg-type]
         solutions = [s for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None]
         if solutions:
             steps = torch.stack([s.steps.float().mean() for s in solutions]).sum()
@@ -103,7 +105,9 @@ class Classifier(L.LightningModule):
 
     def on_after_backward(self) -> None:
         adjoints = [
-            s.adjoint for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None and s.adjoint
+            s.adjoint
+            for _, layer in equilibrium_layers(self.model)
+            if (s := layer.last_solution) is not None and s.adjoint
         ]
         if adjoints:
             steps = torch.stack([a.steps.float().mean() for a in adjoints]).sum()

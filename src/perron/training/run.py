@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import platform
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 import perron
 from perron.data import ImageData
 from perron.report import write_report
-from perron.training.callbacks import History
+from perron.training.callbacks import EpochLines, History, Progress
 from perron.training.evaluation import evaluate
 from perron.training.module import Classifier
 from perron.verify import certify_classes
@@ -70,6 +72,10 @@ class Loaded:
 
 
 def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI:
+    # Lightning's greetings; its warnings stay.
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
         return LightningCLI(
@@ -108,12 +114,14 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     else:
         folder = root / name / f"run-{int(earlier[-1].name[4:]) + 1 if earlier else 1}"
     history, provenance = History(folder), Provenance(command)
+    shown = Progress() if sys.stdout.isatty() else EpochLines(lambda line: print(line, flush=True))
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
     last = ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False)
     cli = _instantiate(
         ["--config", str(config), *_data_arguments(data_dir), *rest],
         {
-            "callbacks": [history, best, last, provenance],
+            "callbacks": [history, best, last, provenance, shown],
+            "enable_progress_bar": isinstance(shown, Progress),
             "default_root_dir": str(folder),
             "logger": False,
             # Each epoch draws its own batches from (seed, epoch), so that a resumed run sees the same ones.
@@ -127,6 +135,7 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     (folder / "config.yaml").write_text(written)
     provenance.record["config"] = written
     started = time.perf_counter()
+    _ignore_known_warnings()
     # The checkpoint is the run's own: it also holds plain Python objects.
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=False)
     if cli.trainer.interrupted:
@@ -136,6 +145,12 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     _evaluate(loaded, "validation", seconds=seconds)
     print(report(loaded))
     return folder
+
+
+def _ignore_known_warnings() -> None:
+    """Two that say nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def _find(target: str, root: Path) -> Path:
@@ -164,7 +179,12 @@ def load(target: str, root: Path, data_dir: str | None, rest: list[str]) -> Load
     folder = checkpoint.parent.parent
     cli = _instantiate(
         ["--config", provenance["config"], *_data_arguments(data_dir), *rest],
-        {"logger": False, "default_root_dir": str(folder), "enable_checkpointing": False, "enable_model_summary": False},
+        {
+            "logger": False,
+            "default_root_dir": str(folder),
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+        },
     )
     module: Classifier = cli.model
     module.load_state_dict(state["state_dict"])
@@ -184,7 +204,9 @@ def _evaluate(loaded: Loaded, split: str, **more: Any) -> dict[str, Any]:
 
 
 def _line(split: str, result: dict[str, Any]) -> str:
-    worst = max((max(layer["error_bound"], default=float("inf")) for layer in result["layers"].values()), default=float("nan"))
+    worst = max(
+        (max(layer["error_bound"], default=float("inf")) for layer in result["layers"].values()), default=float("nan")
+    )
     return (
         f"{split} accuracy {result['accuracy']:.2%} on {result['samples']} images; enclosures proven "
         f"{result['enclosures_proven']}/{result['enclosures']}, largest certified relative error {worst:.2e}"
@@ -223,7 +245,9 @@ def certify_run(loaded: Loaded, split: str) -> str:
     """The certificate in words, and the count of samples whose class is constant over the enclosures."""
     loaded.data.setup("test" if split == "test" else "validate")
     loader = loaded.data.test_dataloader() if split == "test" else loaded.data.val_dataloader()
-    constant, margin, right = [], [], []
+    constant: list[bool] = []
+    margin: list[float] = []
+    right: list[bool] = []
     path = loaded.folder / f"certified-{split}.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

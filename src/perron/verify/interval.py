@@ -7,25 +7,23 @@ and every radius is enlarged by a bound on the rounding of its own computation.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from perron.cells import Refusal, gamma
+from perron._batch import per_sample
+from perron.cells import AFFINE_MODULES, Chain, Refusal, affine_step, as_map, gamma
 from perron.nn import Equilibrium
-from perron.solvers import Picard
+from perron.solvers import FixedPointProblem, Picard
 
 __all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
 
 DTYPE = torch.float64
 _MONOTONE = (nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU, nn.Identity)
-_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -37,23 +35,18 @@ class Interval:
     upper: Tensor
 
 
-def _terms(module: nn.Module) -> int:
-    weight = getattr(module, "weight", None)
-    return (weight[0].numel() if isinstance(weight, Tensor) and len(weight) else 1024) + 4
-
-
 def _affine(module: nn.Module, box: Interval) -> Interval:
-    """A(c +/- r) + d, with |A| r and the rounding gamma_n (|A| |c| + |d|) as radius; `module` is float64."""
-    magnitude = copy.deepcopy(module)
-    for parameter in magnitude.parameters():
-        parameter.data = parameter.data.abs()
-    linear_only = copy.deepcopy(magnitude)
-    if getattr(linear_only, "bias", None) is not None:
-        linear_only.bias.data.zero_()  # type: ignore[union-attr, operator]
+    """A(c +/- r) + d, with |A| r and the rounding gamma_n (|A| |c| + |d|) as radius."""
+    (step,) = Chain((affine_step(module),)).to(DTYPE).affine
+    magnitude = replace(
+        step,
+        weight=None if step.weight is None else step.weight.abs(),
+        bias=None if step.bias is None else step.bias.abs(),
+    )
     centre, radius = _centre(box)
-    middle = module(centre)
-    slack = 4 * gamma(_terms(module) + 8, DTYPE) * magnitude(centre.abs() + radius)
-    spread = linear_only(radius) + slack + torch.finfo(DTYPE).tiny
+    middle = step(centre)
+    slack = 4 * gamma(step.terms + 8, DTYPE) * magnitude(centre.abs() + radius)
+    spread = magnitude.linear(radius) + slack + 1e-300
     return Interval(middle - spread, middle + spread)
 
 
@@ -83,31 +76,22 @@ def _batch_norm(module: nn.Module, box: Interval) -> Interval:
 
 
 def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
-    if not layer.certificate():
-        raise Refusal(f"an equilibrium layer is not certified: {layer.certificate().refusal}")
+    map, reason = as_map(layer.cell)
+    certificate, _ = layer.derive(map, reason)
+    if not certificate or not isinstance(map, Chain):
+        raise Refusal(f"an equilibrium layer is not certified: {certificate.refusal}")
     inner = getattr(layer, "input", None)
     if inner is not None:
         box = _affine(inner, box)
-        layer = _without_input(layer)
-    tiny = 64 * gamma(8, DTYPE)
-    # softplus and relu are monotone; both ends are widened by their rounding, and stay positive where they must.
-    b_low, b_high = layer.injected(box.lower), layer.injected(box.upper)
-    given = Equilibrium(layer.cell, injection="given", solver=_certifying(layer.solver)).to(DTYPE).eval()
-    low, high = given.solve(b_low * (1 - tiny)), given.solve(b_high * (1 + tiny))
-    if low.lower is None or high.upper is None:
-        raise Refusal("the solver of an equilibrium layer gives no enclosure")
-    nan = torch.nan
-    proven = (low.error_bound.isfinite() & high.error_bound.isfinite()).reshape(-1, *[1] * (low.lower.dim() - 1))
-    return Interval(torch.where(proven, low.lower, nan), torch.where(proven, high.upper, nan))
-
-
-def _without_input(layer: Equilibrium) -> Equilibrium:
-    return Equilibrium(layer.cell, injection=layer.injection, solver=layer.solver).to(DTYPE).eval()
-
-
-def _certifying(solver: Any) -> Picard:
-    tol = min(float(getattr(solver, "tol", 1e-4)), 1e-4)
-    return Picard(tol=tol, max_steps=2000, verify=DTYPE, on_failure="ignore")
+    # softplus and relu are monotone; both ends are widened by their rounding.
+    slack = 64 * gamma(8, DTYPE)
+    solver = Picard(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
+    ends = [layer.positive(box.lower) * (1 - slack), layer.positive(box.upper) * (1 + slack)]
+    low, high = (solver.solve(FixedPointProblem(map.to(DTYPE), b, proven=True)) for b in ends)
+    assert low.lower is not None
+    assert high.upper is not None
+    proven = per_sample(low.error_bound.isfinite() & high.error_bound.isfinite(), low.lower)
+    return Interval(torch.where(proven, low.lower, torch.nan), torch.where(proven, high.upper, torch.nan))
 
 
 def _pooled(module: nn.Module, box: Interval) -> Interval:
@@ -121,17 +105,7 @@ def propagate(module: nn.Module, box: Interval) -> Interval:
     Raises:
         Refusal: a module is of a kind whose bounds are not known here, or an equilibrium layer has no certificate.
     """
-    return _propagate(_exact_copy(module), Interval(box.lower.to(DTYPE), box.upper.to(DTYPE)))
-
-
-def _exact_copy(module: nn.Module) -> nn.Module:
-    """The module in float64 with the very weights it computes with: parametrisations are evaluated before the cast."""
-    copied = copy.deepcopy(module)
-    for child in list(copied.modules()):
-        if parametrize.is_parametrized(child):
-            for name in list(child.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(child, name)
-    return copied.to(DTYPE)
+    return _propagate(module, Interval(box.lower.to(DTYPE), box.upper.to(DTYPE)))
 
 
 def _propagate(module: nn.Module, box: Interval) -> Interval:
@@ -141,14 +115,16 @@ def _propagate(module: nn.Module, box: Interval) -> Interval:
         return box
     rules: list[tuple[Any, Callable[..., Interval]]] = [
         (Equilibrium, _equilibrium),
-        (_AFFINE, _affine),
+        (AFFINE_MODULES, _affine),
         (_NORMS, _batch_norm),
         (_MONOTONE, _pooled),
     ]
     for kinds, rule in rules:
         if isinstance(module, kinds):
             return rule(module, box)
-    raise Refusal(f"no bounds are known for {type(module).__name__}; certify a network of affine, pooling and equilibrium layers")
+    raise Refusal(
+        f"no bounds are known for {type(module).__name__}; certify a network of affine, pooling and equilibrium layers"
+    )
 
 
 @dataclass(frozen=True)
