@@ -126,8 +126,7 @@ class Equilibrium(nn.Module):
         certificate = derive(map, positive_injection=False)
         if certificate or self.injection == "relu":
             return certificate, False
-        positive = derive(map, positive_injection=True)
-        return (positive, True) if positive else (certificate, False)
+        return derive(map, positive_injection=True), True
 
     def _problem(self, x: Tensor) -> tuple[FixedPointProblem, torch.dtype]:
         b = self.injected(x)

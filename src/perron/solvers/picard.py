@@ -170,7 +170,7 @@ class _Enclosing:
             if not bool(finish.any()):
                 continue
             steps += 1
-            done = self._finish(problem, index, steps, Evaluated(at_zero, z, s, q, q), r, finish)
+            done = self._finish(problem, index, steps, Evaluated(at_zero, z, s, q, q), r, still, finish)
             share = torch.where(finish, share / 2, share)
             # A sample that stands still has met the rounding of this precision: more steps cannot help.
             keep = (~(done | still | exhausted)).nonzero().flatten()
@@ -181,7 +181,14 @@ class _Enclosing:
                 at_zero = at_zero[keep]
 
     def _finish(
-        self, problem: FixedPointProblem, index: Tensor, steps: int, trial: Evaluated, r: Tensor, finish: Tensor
+        self,
+        problem: FixedPointProblem,
+        index: Tensor,
+        steps: int,
+        trial: Evaluated,
+        r: Tensor,
+        still: Tensor,
+        finish: Tensor,
     ) -> Tensor:
         """Evaluate f at q for the samples in `finish`, enclose them and store that; returns the mask of those done."""
         chosen = finish.nonzero().flatten()
@@ -190,8 +197,10 @@ class _Enclosing:
         trial = Evaluated(*(getattr(trial, f.name)[chosen] for f in fields(Evaluated)))
         trial = replace(trial, at_q=sub(trial.q))
         found = prove(trial, self.rounding) if self.proving else _observe(trial)
-        if self.proving and not bool(found.proven.all()):
-            found = self._prove_harder(sub, found, trial.at_p)
+        if self.proving:
+            # Standing still, an iterate can be better than what its proof could make of it.
+            hard = ~self._accepted(found) & (still[chosen] | ~found.proven) & all_finite(trial.at_p)
+            found = self._prove_harder(sub, found, trial.at_p, hard.nonzero().flatten())
         self.steps[where] = steps + found.evaluations
         self.rate[where] = r[chosen]
         self.residual[where] = found.residual
@@ -199,21 +208,31 @@ class _Enclosing:
         mask = per_sample(found.proven, found.lower)
         self.lower[where] = torch.where(mask, found.lower, 0.0)
         self.upper[where] = torch.where(mask, found.upper, math.inf)
-        middle = ((found.lower + found.upper) / 2).to(self.working)
         done = torch.zeros_like(finish)
-        done[chosen] = found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
+        done[chosen] = self._accepted(found)
         return done
 
-    def _prove_harder(self, problem: FixedPointProblem, found: Enclosure, candidate: Tensor) -> Enclosure:
-        """Where scaling leaves no slack against rounding (f nearly homogeneous in a coordinate), widen along (I - J)^-1."""
+    def _accepted(self, found: Enclosure) -> Tensor:
+        middle = ((found.lower + found.upper) / 2).to(self.working)
+        return found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
+
+    def _prove_harder(self, problem: FixedPointProblem, found: Enclosure, candidate: Tensor, hard: Tensor) -> Enclosure:
+        """Where scaling leaves little slack against rounding (f nearly homogeneous in a coordinate), widen along (I - J)^-1."""
         assert isinstance(problem.map, Chain)
-        left = (~found.proven & all_finite(candidate)).nonzero().flatten()
-        if not left.numel():
+        if not hard.numel():
             return found
-        around = prove_around(problem.map, problem.injection[left], candidate[left], attempts=4)
+        around = prove_around(problem.map, problem.injection[hard], candidate[hard], attempts=4)
         lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
-        lower[left], upper[left] = around.lower, around.upper
-        proven[left], residual[left] = around.proven, around.residual
+        old, new = found.proven[hard], around.proven
+        both = per_sample(old & new, around.lower)
+        use = per_sample(new, around.lower)
+        lower[hard] = torch.where(
+            both, torch.maximum(lower[hard], around.lower), torch.where(use, around.lower, lower[hard])
+        )
+        upper[hard] = torch.where(
+            both, torch.minimum(upper[hard], around.upper), torch.where(use, around.upper, upper[hard])
+        )
+        proven[hard], residual[hard] = old | new, around.residual
         return replace(
             found, lower=lower, upper=upper, proven=proven, residual=residual, evaluations=around.evaluations
         )

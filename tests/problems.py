@@ -1,0 +1,56 @@
+"""Cells and random problems that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from perron.activations import ACTIVATIONS
+from perron.cells import Activate, Chain, Inject, trace
+from perron.nn import Equilibrium
+from perron.solvers import Picard, Solver
+
+BOUNDED = [a.name for a in ACTIVATIONS.values() if a.bounded]
+SUBLINEAR = [a.name for a in ACTIVATIONS.values() if a.asymptotic_slope == 0]
+
+
+def dense_layer(weight: Tensor, activation: str, *, solver: Solver | None = None) -> Equilibrium:
+    """Equilibrium layer z = sigma(W z + b) with b given."""
+    linear = nn.Linear(*weight.shape, bias=False, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    return Equilibrium(nn.Sequential(linear, Inject(), Activate(activation)), solver=solver or Picard())
+
+
+def long_picard(chain: Chain, b: Tensor, steps: int = 3000) -> Tensor:
+    """Float64 fixed point from below, for maps whose rate is well below 1."""
+    with torch.no_grad():
+        chain, b = chain.to(torch.float64), b.detach().double()
+        z = torch.zeros_like(b)
+        for _ in range(steps):
+            z, old = chain(z, b), z
+            if bool((z == old).all()):
+                break
+    return z
+
+
+def truth(layer: Equilibrium, b: Tensor) -> Tensor:
+    return long_picard(trace(layer.cell), b)
+
+
+@st.composite
+def dense_problems(draw: st.DrawFn, activations: list[str] = SUBLINEAR) -> tuple[Equilibrium, Tensor]:
+    """A random positive concave layer with its injections: widths 1 to 40, scales 0 to 100, b from 1e-9 to 1e3."""
+    name = draw(st.sampled_from(activations))
+    n = draw(st.integers(1, 40))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 1e-3, 0.5, 0.99, 1.5, 10.0, 100.0]))
+    sparsity = draw(st.sampled_from([0.1, 1.0]))
+    weight = torch.rand(n, n, generator=generator, dtype=dtype)
+    weight = weight * (torch.rand(n, n, generator=generator) < sparsity)
+    weight = weight / weight.sum(1).max().clamp_min(1e-30) * scale
+    low, high = sorted(draw(st.lists(st.integers(-9, 3), min_size=2, max_size=2)))
+    exponents = low + (high - low) * torch.rand(4, n, generator=generator, dtype=torch.float64)
+    return dense_layer(weight, name), (10**exponents).to(dtype)
