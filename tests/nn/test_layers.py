@@ -1,0 +1,123 @@
+import copy
+
+import pytest
+import torch
+from problems import long_picard
+
+from perron.cells import trace
+from perron.nn import (
+    PositiveConcaveConv1d,
+    PositiveConcaveConv2d,
+    PositiveConcaveConv3d,
+    PositiveConcaveLinear,
+)
+from perron.solvers import Picard
+
+LAYERS = [
+    (PositiveConcaveLinear, (4,)),
+    (PositiveConcaveConv1d, (4, 9)),
+    (PositiveConcaveConv2d, (4, 6, 5)),
+    (PositiveConcaveConv3d, (4, 3, 4, 3)),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("injection", ["inside", "pre", "given"])
+def test_every_layer_is_certified_and_right(kind, shape, activation, injection) -> None:
+    layer = kind(4, 4, activation=activation, injection=injection)
+    x = torch.randn(3, *shape)
+    x = x.abs() + 0.1 if injection == "given" else x
+    solution = layer.solve(x)
+    assert layer.certificate()
+    assert solution.certified
+    assert solution.converged.all()
+    exact = long_picard(trace(layer.cell), layer.injected(x))
+    assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
+    value = layer(x)
+    assert value.shape == x.shape
+    value.sum().backward()
+    assert layer.last_solution.adjoint.certified
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+def test_injection_mode_changes_only_the_affine_map(kind, shape) -> None:
+    layer = kind(4, 4)
+    x = torch.randn(2, *shape)
+    given = kind(4, 4, injection="given")
+    given.cell.load_state_dict(layer.cell.state_dict())
+    torch.testing.assert_close(given(layer.injected(x)), layer(x))
+
+
+@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+def test_non_contiguous_strided_and_expanded_inputs(kind, shape) -> None:
+    layer = kind(4, 4)
+    big = torch.randn(6, *shape)
+    for view in (big[::2], big.flip(0)[:3], big.transpose(1, -1).contiguous().transpose(1, -1), big[:1].expand(3, *shape)):
+        torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+def test_wrong_inputs_are_named(kind, shape) -> None:
+    layer = kind(4, 4)
+    with pytest.raises(ValueError, match=r"\(batch, 4.*got \(3, 5"):
+        layer(torch.randn(3, 5, *shape[1:]))
+    with pytest.raises(ValueError, match="batch"):
+        layer(torch.randn(4))
+    with pytest.raises(TypeError, match="int64"):
+        layer(torch.ones(3, *shape, dtype=torch.long))
+    with pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(3, *shape, dtype=torch.float64))
+    given = kind(4, 4, injection="given")
+    x = torch.rand(3, *shape) + 0.1
+    x.view(3, -1)[1, 2] = -0.25
+    with pytest.raises(ValueError, match=r"-0\.25 at index \[1"):
+        given(x)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="must equal"):
+        PositiveConcaveLinear(3, 4, injection="pre")
+    with pytest.raises(ValueError, match="inside"):
+        PositiveConcaveLinear(3, 4, injection="outside")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="odd"):
+        PositiveConcaveConv2d(3, 4, 2)
+    with pytest.raises(ValueError, match="gelu"):
+        PositiveConcaveLinear(3, 4, "gelu")
+    with pytest.raises(ValueError, match="initial_radius"):
+        PositiveConcaveLinear(3, 4, initial_radius=float("nan"))
+
+
+def test_zero_and_huge_weights() -> None:
+    layer = PositiveConcaveLinear(3, 4, solver=Picard(max_steps=2000))
+    x = torch.randn(5, 3)
+    layer.cell[0].weight = torch.zeros(4, 4)
+    torch.testing.assert_close(layer(x), torch.tanh(layer.injected(x)), rtol=1e-4, atol=0)
+    layer.cell[0].weight = torch.full((4, 4), 1e8)
+    solution = layer.solve(x)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.ones(5, 4), rtol=1e-4, atol=0)
+
+
+def test_torch_conventions() -> None:
+    layer = PositiveConcaveLinear(3, 4, dtype=torch.float64, device="cpu")
+    assert layer.weight.dtype == torch.float64
+    assert "3, 4, activation='tanh'" in repr(layer)
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.weight)
+    radius = float(torch.linalg.eigvals(PositiveConcaveLinear(3, 200).weight).abs().max())
+    assert radius == pytest.approx(0.9, rel=0.05)
+    assert set(layer.state_dict()) == {"cell.0.parametrizations.weight.original", "input.weight", "input.bias"}
+    twin = copy.deepcopy(layer)
+    assert twin.last_solution is None
+
+
+def test_the_last_solution_is_detached() -> None:
+    layer = PositiveConcaveLinear(3, 4)
+    layer(torch.randn(2, 3, requires_grad=True))
+    solution = layer.last_solution
+    assert not solution.value.requires_grad
+    assert not solution.lower.requires_grad
+    assert solution.adjoint is None
