@@ -7,7 +7,9 @@ from hypothesis import HealthCheck, settings
 
 for folder in (Path(__file__).parent, Path(__file__).parent.parent / "benchmarks"):
     sys.path.insert(0, str(folder))
-settings.register_profile("perron", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.register_profile(
+    "perron", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True
+)
 settings.load_profile("perron")
 
 

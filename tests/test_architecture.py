@@ -29,7 +29,9 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "perron" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "perron" else {node.module}
+            )
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found

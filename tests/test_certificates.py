@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import dense_layer
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -15,6 +14,7 @@ from perron.certificates import certify, spectral_radius_bound
 from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
+from problems import dense_layer
 
 
 def positive(module: nn.Module) -> nn.Module:
@@ -94,7 +94,8 @@ def test_composed_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(2), nn.GELU(), nn.SiLU(), nn.LeakyReLU(), nn.Dropout(0.1), nn.Softplus()]
+    "step",
+    [nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(2), nn.GELU(), nn.SiLU(), nn.LeakyReLU(), nn.Dropout(0.1), nn.Softplus()],
 )
 def test_steps_outside_the_class_are_refused(step: nn.Module) -> None:
     certificate = certify(nn.Sequential(positive(nn.Conv2d(2, 2, 3, padding=1)), step, Inject(), nn.Tanh()))

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from hypothesis import given
-from problems import SUBLINEAR, dense_layer, dense_problems, truth
 
 from perron.cells import Refusal, trace
 from perron.enclosure import Evaluated, prove, relative_error_bound, round_outward, verify
 from perron.nn import PositiveConcaveConv2d
 from perron.solvers import Picard
+from problems import SUBLINEAR, dense_layer, dense_problems, truth
 
 RELIABLE = 1e-12
 
@@ -127,7 +127,7 @@ def test_a_priori_contraction_in_the_thompson_metric() -> None:
         low, high = chain(torch.zeros_like(b), b), chain(torch.ones_like(b), b)
         x, y = (low + (high - low) * torch.rand(50, 10) for _ in range(2))
         factor = 1 - (low / high).amin()
-        distance = lambda a, c: (a.log() - c.log()).abs().amax(1)  # noqa: E731
+        distance = lambda a, c: (a.log() - c.log()).abs().amax(1)
         assert (distance(chain(x, b), chain(y, b)) <= factor * distance(x, y) + 1e-6).all()
 
 

@@ -5,12 +5,12 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import dense_layer, dense_problems, truth
 from torch import nn
 
 from perron.cells import trace
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
+from problems import dense_layer, dense_problems, truth
 
 EXACT = Picard(tol=1e-11, max_steps=2000)
 ACTIVATIONS = ["tanh", "softsign", "sigmoid", "one_minus_exp", "arctan", "erf", "log1p", "sqrt_shift"]
@@ -61,7 +61,7 @@ def test_third_derivative() -> None:
         d = function(b)
         for _ in range(3):
             (d,) = torch.autograd.grad(d.sum(), b, create_graph=True)
-        return float(d)
+        return float(d.detach())
 
     def unrolled(v):
         z = torch.zeros_like(v)
@@ -101,7 +101,12 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
     from perron.implicit import solve_adjoint
 
     g, report = solve_adjoint(
-        chain, value.detach(), b.detach(), v, layer.solver, bounds=(layer.last_solution.lower, layer.last_solution.upper)
+        chain,
+        value.detach(),
+        b.detach(),
+        v,
+        layer.solver,
+        bounds=(layer.last_solution.lower, layer.last_solution.upper),
     )
     from perron.implicit import _AdjointProof, _norm
 
@@ -196,8 +201,10 @@ def test_saved_memory_is_independent_of_the_number_of_steps() -> None:
     sizes = []
     for steps in (10, 100, 1000):
         saved = []
-        layer = PositiveConcaveLinear(5, 6, solver=Picard(tol=1e-30, stop="residual", max_steps=steps, on_failure="ignore"))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        layer = PositiveConcaveLinear(
+            5, 6, solver=Picard(tol=1e-30, stop="residual", max_steps=steps, on_failure="ignore")
+        )
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             layer(torch.randn(8, 5)).sum().backward()
         sizes.append(sum(saved))
     assert len(set(sizes)) == 1

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from problems import long_picard
 
 from perron.cells import trace
 from perron.nn import (
@@ -12,6 +11,7 @@ from perron.nn import (
     PositiveConcaveLinear,
 )
 from perron.solvers import Picard
+from problems import long_picard
 
 LAYERS = [
     (PositiveConcaveLinear, (4,)),
@@ -54,7 +54,12 @@ def test_injection_mode_changes_only_the_affine_map(kind, shape) -> None:
 def test_non_contiguous_strided_and_expanded_inputs(kind, shape) -> None:
     layer = kind(4, 4)
     big = torch.randn(6, *shape)
-    for view in (big[::2], big.flip(0)[:3], big.transpose(1, -1).contiguous().transpose(1, -1), big[:1].expand(3, *shape)):
+    for view in (
+        big[::2],
+        big.flip(0)[:3],
+        big.transpose(1, -1).contiguous().transpose(1, -1),
+        big[:1].expand(3, *shape),
+    ):
         torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=1e-4, atol=1e-6)
 
 

@@ -3,11 +3,11 @@ import warnings
 import pytest
 import torch
 from hypothesis import given
-from problems import dense_layer, dense_problems, truth
 from torch import nn
 
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import ConvergenceError, ConvergenceWarning, Picard
+from problems import dense_layer, dense_problems, truth
 
 
 @given(dense_problems())

@@ -119,6 +119,7 @@ def _idx_reader(dataset: str) -> Callable[[Path | None, Split], Arrays]:
 read_mnist = _idx_reader("mnist")
 read_fashion_mnist = _idx_reader("fashion-mnist")
 
+_CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 # md5 of the members of the standard archive, which are pickles: only the known files are ever unpickled.
 _CIFAR_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -169,7 +170,7 @@ def _read_cifar_zip(path: Path, split: Split) -> Arrays:
         from PIL import Image
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install perron[train]") from error
-    expected = 50_000 if split == "train" else 10_000
+    expected = _CIFAR_COUNTS[split]
     label = {name: k for k, name in enumerate(CLASSES["cifar10"])}
     images = np.empty((expected, 3, 32, 32), dtype=np.uint8)
     labels = np.empty(expected, dtype=np.int64)

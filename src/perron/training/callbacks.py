@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from perron.certificates import spectral_radius_bound
 from perron.training.module import equilibrium_layers
 
-__all__ = ["EpochLines", "History", "Progress"]
+__all__ = ["EpochLines", "History", "Progress", "StopAfter"]
 
 
 SHOWN = {
@@ -117,3 +117,20 @@ class History(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
+
+
+class StopAfter(L.Callback):
+    """End this sitting after so many epochs; the schedule stays that of the whole run, to be continued by `--resume`.
+
+    Args:
+        epochs: of this sitting.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.left = epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            trainer.should_stop = True

@@ -137,7 +137,11 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     started = time.perf_counter()
     _ignore_known_warnings()
     # The checkpoint is the run's own: it also holds plain Python objects.
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=False)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=False)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit; the command line says how to go on.
+        raise KeyboardInterrupt from stop
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     seconds = time.perf_counter() - started
@@ -148,8 +152,10 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
 
 
 def _ignore_known_warnings() -> None:
-    """Two that say nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
+    """What says nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Resuming writes into the same folder on purpose.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 

@@ -1,0 +1,119 @@
+import gzip
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perron.data import CIFAR10, MNIST, DataError, Digits, FashionMNIST
+from perron.data.sources import CLASSES, read_cifar10, read_digits, read_fashion_mnist, read_mnist
+
+SHARED = Path(os.environ.get("PERRON_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def test_digits_are_split_without_overlap() -> None:
+    train, test = read_digits(None, "train"), read_digits(None, "test")
+    assert len(train[1]) + len(test[1]) == 1797
+    assert len(test[1]) == 360
+    assert train[0].shape[1:] == (1, 8, 8)
+    assert train[0].dtype == np.uint8
+
+
+def test_modules_split_and_stages() -> None:
+    data = Digits(validation=0.2, seed=3)
+    data.setup("fit")
+    assert "test" not in data.splits, "fit must not read the test set"
+    assert len(data.splits["train"]) + len(data.splits["validation"]) == 1437
+    again = Digits(validation=0.2, seed=3)
+    again.setup("fit")
+    assert (again.splits["train"].tensors[1] == data.splits["train"].tensors[1]).all()
+    first = [y.tolist() for _, y in data.train_dataloader()]
+    assert sum(map(len, first)) == len(data.splits["train"])
+    assert min(map(len, first)) > 1, "no batch of one sample: it has no batch statistics"
+    assert first == [y.tolist() for _, y in data.train_dataloader()]
+    with pytest.raises(ValueError, match="batch_size"):
+        Digits(batch_size=1)
+    with pytest.raises(ValueError, match="validation"):
+        Digits(validation=1.0)
+
+
+def test_missing_files_are_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("PERRON_DATA", raising=False)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.*PERRON_DATA"):
+        read_mnist(tmp_path, "train")
+    with pytest.raises(DataError, match="zalandoresearch"):
+        read_fashion_mnist(tmp_path, "test")
+    with pytest.raises(DataError, match="cifar-10-python"):
+        read_cifar10(tmp_path, "test")
+    with pytest.raises(DataError, match="not embedded"):
+        MNIST().setup("fit")
+    with pytest.raises(DataError, match="does not exist"):
+        MNIST(str(tmp_path / "nowhere")).setup("fit")
+
+
+def test_idx_round_trip_and_damage(tmp_path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10_000, 28, 28), dtype=np.uint8)
+    labels = np.random.default_rng(0).integers(0, 10, 10_000).astype(np.uint8)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
+    packed = gzip.compress(idx(images), 1)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(packed)
+    x, y = read_mnist(tmp_path, "test")
+    assert (x[:, 0] == images).all()
+    assert (y == labels).all()
+    for damage in (packed[:-100], b"not gzip at all", gzip.compress(idx(images)[:-5], 1), gzip.compress(b"", 1)):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
+            read_mnist(tmp_path, "test")
+    path.write_bytes(packed)
+    labels[7] = 200
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
+    with pytest.raises(DataError, match="label 200"):
+        read_mnist(tmp_path, "test")
+
+
+def test_damaged_cifar(tmp_path) -> None:
+    archive = tmp_path / "cifar10-jpeg.zip"
+    archive.write_bytes(b"PK not a zip")
+    with pytest.raises(DataError, match=r"cifar10-jpeg\.zip is damaged"):
+        read_cifar10(tmp_path, "test")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("test/cat/0001.jpg", b"x")
+    with pytest.raises(DataError, match="holds 1 images in test/, expected 10000"):
+        read_cifar10(tmp_path, "test")
+    archive.unlink()
+    (tmp_path / "test_batch").write_bytes(b"cos\nsystem\n(S'echo unsafe'\ntR.")
+    with pytest.raises(DataError, match="md5"):
+        read_cifar10(tmp_path, "test")
+
+
+def test_cifar_zip(tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setattr("perron.data.sources._CIFAR_COUNTS", {"train": 20, "test": 10})
+    with zipfile.ZipFile(tmp_path / "cifar10.zip", "w") as file:
+        for k, name in enumerate(CLASSES["cifar10"]):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (20 * k, 0, 0)).save(buffer, "PNG")
+            file.writestr(f"test/{name}/0000.png", buffer.getvalue())
+    x, y = read_cifar10(tmp_path, "test")
+    assert sorted(y.tolist()) == list(range(10))
+    assert (x[:, 0, 0, 0] == 20 * y).all()
+
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="real data sets not present")
+def test_real_files() -> None:
+    for module in (MNIST, FashionMNIST):
+        data = module(str(SHARED))
+        data.setup()
+        x, _ = data.splits["train"].tensors
+        assert abs(float(x.mean())) < 0.01
+        assert abs(float(x.std()) - 1) < 0.01
+        assert len(data.splits["test"]) == 10_000
+    assert CIFAR10.image_shape == (3, 32, 32)
