@@ -42,7 +42,9 @@ def problems() -> list[tuple[str, Equilibrium, Tensor]]:
         b = c * softplus(torch.randn(128, 256), beta=5)
         found.append((f"dense 256 tanh, {label}", layer_with_radius(256, 1.0, "tanh"), b))
     found.append(("dense 80 sigmoid, radius 4", layer_with_radius(80, 4.0, "sigmoid"), torch.randn(128, 80).relu()))
-    found.append(("dense 80 softsign, radius 3", layer_with_radius(80, 3.0, "softsign"), softplus(torch.randn(128, 80), beta=5)))
+    found.append(
+        ("dense 80 softsign, radius 3", layer_with_radius(80, 3.0, "softsign"), softplus(torch.randn(128, 80), beta=5))
+    )
     spread = 10 ** (-8 * torch.rand(128, 80))
     found.append(("20 % dense 80 tanh, b 1e-8 to 1", layer_with_radius(80, 1.0, "tanh", 0.2), spread))
     return found
@@ -60,7 +62,7 @@ def measure(layer: Equilibrium, b: Tensor) -> dict[str, float]:
     z = torch.zeros_like(exact)
     for _ in range(600):
         new = chain(z, exact_b)
-        residuals.append(((new - z).abs().amax(1) / new.abs().amax(1)))
+        residuals.append((new - z).abs().amax(1) / new.abs().amax(1))
         errors.append(((new - exact).abs() / exact).amax(1))
         z = new
         if bool((errors[-1] <= TARGET / 100).all()):

@@ -76,7 +76,15 @@ def learning_curves(rows: Rows) -> str | None:
         other.set_ylabel("accuracy, %")
         other.spines["right"].set_visible(True)
         lines = [*axes.get_lines(), *other.get_lines()]
-        axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="center right")
+        axes.legend(
+            lines,
+            [str(line.get_label()) for line in lines],
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncols=3,
+            frameon=False,
+            fontsize=9,
+        )
 
     return _svg(draw)
 
