@@ -186,3 +186,19 @@ def test_convolution_radius_holds_for_every_image_size() -> None:
     basis = torch.eye(2 * size * size).reshape(-1, 2, size, size)
     matrix = nn.functional.conv2d(basis, kernel, padding=1).flatten(1).T
     assert float(torch.linalg.eigvals(matrix).abs().max()) <= spectral_radius_bound(kernel.flatten(2).sum(2))
+
+
+def test_a_module_used_twice_counts_twice() -> None:
+    linear = nonnegative(nn.Linear(3, 3, bias=False))
+    cell = nn.Sequential(linear, nn.Tanh(), linear, Inject(), nn.Tanh())
+    layer = Equilibrium(cell)
+    b = torch.rand(2, 3) + 0.1
+    z = layer(b)
+    weight = linear.weight
+    torch.testing.assert_close(z, torch.tanh(torch.tanh(z @ weight.T) @ weight.T + b), rtol=3e-4, atol=0)
+
+
+def test_an_injection_that_would_broadcast_is_an_error() -> None:
+    cell = nn.Sequential(positive(nn.Linear(3, 1)), Inject(), nn.Tanh())
+    with pytest.raises(ValueError, match="where the cell adds it"):
+        Equilibrium(cell)(torch.rand(2, 3) + 0.1)

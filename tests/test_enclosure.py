@@ -94,16 +94,22 @@ def test_refusals_and_shapes() -> None:
         verify(dense_layer(torch.eye(3), "tanh"), b, b * 0)
 
 
-def test_dropping_the_rounding_margin_would_be_caught() -> None:
-    """A point one ulp above the fixed point must not pass as a lower bound."""
-    layer = dense_layer(torch.zeros(1, 1, dtype=torch.float64), "sigmoid")
-    b = torch.rand(200, 1, dtype=torch.float64)
+@pytest.mark.parametrize("width", [3, 100, 1000])
+def test_rounding_is_accounted_for_in_closed_form(width: int) -> None:
+    """z = w sum(z) + b with equal entries: every coordinate rounds the same way, so noise alone could fake a proof."""
+    w = float(torch.tensor(0.9 / width))
+    layer = dense_layer(torch.full((width, width), w), "identity")
+    b = torch.rand(300, 1).add(0.5).expand(300, width).contiguous()
+    exact = b.double() / (1 - width * w)
     chain = trace(layer.cell)
-    with torch.no_grad():
-        z = chain(torch.zeros_like(b), b)
-        found = prove(Evaluated(z, z, z, z, z), chain.rounding(torch.float64))
-    assert (found.lower < z).all()
-    assert (found.upper > z).all()
+    rounding = chain.rounding(torch.float32)
+    for ulps in range(-8, 9):
+        point = (exact * (1 + ulps * torch.finfo(torch.float32).eps)).float()
+        with torch.no_grad():
+            zero, value = chain(torch.zeros_like(b), b), chain(point, b)
+        found = prove(Evaluated(zero, point, value, point, value), rounding)
+        inside = (found.lower.double() <= exact) & (exact <= found.upper.double())
+        assert inside[found.proven].all()
 
 
 def test_outward_rounding_and_error_bound() -> None:

@@ -133,7 +133,14 @@ class AffineStep:
 
 @dataclass(frozen=True)
 class InjectStep:
+    """v -> v + b."""
+
     def __call__(self, v: Tensor, injection: Tensor) -> Tensor:
+        if v.shape != injection.shape:
+            # Broadcasting would make a map whose Jacobian is not the one of these steps.
+            raise ValueError(
+                f"the injection has shape {tuple(injection.shape)}, but where the cell adds it the state has {tuple(v.shape)}"
+            )
         return v + injection
 
 
@@ -447,8 +454,10 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
     if any(hooks) or "forward" in vars(module):
         raise Refusal(f"{path} carries hooks or a replaced forward, whose effect cannot be verified")
     if kind is nn.Sequential:
-        assert isinstance(module, nn.Sequential)
-        return [s for name, child in module.named_children() for s in _steps(child, f"{path}[{name}]")]
+        # Not named_children, which passes over a module that stands there twice.
+        return [
+            s for name, child in module._modules.items() if child is not None for s in _steps(child, f"{path}[{name}]")
+        ]
     if kind is Inject:
         return [InjectStep()]
     if kind is Activate:

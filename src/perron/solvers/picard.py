@@ -32,7 +32,8 @@ class Picard:
 
     Args:
         tol: tolerance on the entrywise relative error; certified where the cell is, else on the relative residual.
-        max_steps: at most this many evaluations of f per sample.
+        max_steps: at most this many evaluations of f per sample; an enclosure takes at least three, and where rounding
+            is in the way of a proof, a few more are spent on it.
         stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
             "residual" always by residual, without extrapolation.
         verify: precision of the solve and its proof, float64 (default) or float32 (only where its sums can be bounded,
