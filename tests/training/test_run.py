@@ -17,6 +17,13 @@ def fit(runs, *more: str) -> int:
     return main(["fit", "digits", "--runs", str(runs), *FAST, *more])
 
 
+def endless(runs) -> subprocess.Popen[str]:
+    """A fit in a process of its own, far from its end."""
+    options = ["--runs", str(runs), *FAST, "--trainer.max_epochs", "10000", "--trainer.callbacks", "[]"]
+    command = [sys.executable, "-m", "perron", "fit", "digits", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)["state_dict"]
 
@@ -82,20 +89,7 @@ def test_resume_is_bit_for_bit(tmp_path) -> None:
 
 
 def test_a_killed_run_loses_at_most_its_epoch(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "perron",
-        "fit",
-        "digits",
-        "--runs",
-        str(tmp_path),
-        *FAST,
-        "--trainer.max_epochs",
-        "10000",
-    ]
-    command += ["--trainer.callbacks", "[]"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = endless(tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 3/"):
@@ -108,19 +102,7 @@ def test_a_killed_run_loses_at_most_its_epoch(tmp_path) -> None:
 
 
 def test_interrupt(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "perron",
-        "fit",
-        "digits",
-        "--runs",
-        str(tmp_path),
-        *FAST,
-        "--trainer.max_epochs",
-        "10000",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = endless(tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2/"):
