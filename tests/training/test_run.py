@@ -21,7 +21,12 @@ def endless(runs) -> subprocess.Popen[str]:
     """A fit in a process of its own, far from its end."""
     options = ["--runs", str(runs), *FAST, "--trainer.max_epochs", "10000", "--trainer.callbacks", "[]"]
     command = [sys.executable, "-m", "perron", "fit", "digits", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        # Background jobs of a shell inherit an ignored SIGINT, and Python then leaves it ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def weights(path) -> dict[str, torch.Tensor]:
