@@ -30,7 +30,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 soundness: .venv/installed
-	$(BIN)/python benchmarks/soundness.py --output benchmarks/results/soundness.json
+	$(BIN)/python benchmarks/soundness.py --samples 40000 --output benchmarks/results/soundness.json
 
 evaluations: .venv/installed
 	$(BIN)/python benchmarks/evaluations.py --output benchmarks/results/evaluations.json

@@ -3,7 +3,7 @@
 Every activation, widths 1 to 200, weight scales 0 to 100, injections 1e-9 to 1e3, float32 and float64. An enclosure is
 wrong if the float64 reference (Picard, then Newton) lies outside it by more than the reference's own error.
 
-    python benchmarks/soundness.py --samples 20000 --output benchmarks/results/soundness.json
+    python benchmarks/soundness.py --samples 40000 --output benchmarks/results/soundness.json
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def measure(samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--samples", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
