@@ -202,3 +202,16 @@ def test_an_injection_that_would_broadcast_is_an_error() -> None:
     cell = nn.Sequential(positive(nn.Linear(3, 1)), Inject(), nn.Tanh())
     with pytest.raises(ValueError, match="where the cell adds it"):
         Equilibrium(cell)(torch.rand(2, 3) + 0.1)
+
+
+def test_a_refused_cell_with_injection_still_runs_and_differentiates() -> None:
+    linear = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        linear.weight.mul_(0.3)
+    cell = nn.Sequential(linear, nn.GELU(), Inject(), nn.Tanh())
+    layer = Equilibrium(cell, solver=Picard(tol=1e-12))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    z = layer(x)
+    torch.testing.assert_close(z, torch.tanh(nn.functional.gelu(linear(z)) + x))
+    assert not layer.last_solution.certified
+    assert torch.autograd.gradcheck(layer, x)
