@@ -61,6 +61,33 @@ def test_rounding_is_within_the_declared_ulps(name: str, dtype: torch.dtype) -> 
                     assert abs(s - derivative) <= a.ulps * u * a.slope_at_zero, (x, s)
 
 
+@pytest.mark.parametrize("name", [n for n, a in ACTIVATIONS.items() if a.derivative_of_value is not None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivative_of_the_value(name: str, dtype: torch.dtype) -> None:
+    a = ACTIVATIONS[name]
+    assert a.derivative_of_value is not None
+    values = a(torch.logspace(-8, 2, 400, dtype=torch.float64)).to(dtype)
+    if name == "relu6":
+        values = values[values < 6]
+    slopes = a.derivative_of_value(values)
+    assert (slopes.diff() <= 0).all(), "not nonincreasing"
+    inverse = {
+        "tanh": mpmath.atanh,
+        "softsign": lambda s: s / (1 - s),
+        "sigmoid": lambda s: mpmath.log(s / (1 - s)),
+        "one_minus_exp": lambda s: -mpmath.log1p(-s),
+        "arctan": mpmath.tan,
+        "log1p": mpmath.expm1,
+        "sqrt_shift": lambda s: s * s - mpmath.mpf("0.25"),
+    }.get(name, lambda s: s)
+    u = torch.finfo(dtype).eps / 2
+    with mpmath.workdps(50):
+        for s, slope in zip(values.tolist(), slopes.tolist(), strict=True):
+            if s < a.supremum * (1 - 4 * u):
+                exact = mpmath.diff(REFERENCE[name], inverse(mpmath.mpf(s)))
+                assert abs(slope - exact) <= a.ulps * u * a.slope_at_zero, (s, slope)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_derivative_is_that_of_autograd(name: str) -> None:
     v = torch.rand(50, dtype=torch.float64).mul_(9).requires_grad_()

@@ -9,7 +9,9 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "perron"
 ORDER = [
-    ("activations", "constraints", "_batch"),
+    ("activations", "constraints", "rounding", "_batch"),
+    ("structured",),
+    ("affine",),
     ("cells",),
     ("certificates",),
     ("enclosure",),

@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 
-from perron.cells import Refusal, trace
+from perron.affine import Refusal
+from perron.cells import Inject, trace
 from perron.enclosure import Evaluated, prove, relative_error_bound, round_outward, verify
 from perron.nn import PositiveConcaveConv2d
 from perron.solvers import Picard
-from problems import SUBLINEAR, dense_layer, dense_problems, truth
+from problems import SUBLINEAR, dense_layer, dense_problems, long_picard, truth
 
 RELIABLE = 1e-12
 
@@ -71,14 +72,21 @@ def test_float32_proof_accounts_for_float32_rounding() -> None:
     assert ((found.lower.double() <= exact) & (exact <= found.upper.double())).all()
     with pytest.raises(Refusal, match="float64"):
         verify(layer, exact, b, dtype=torch.bfloat16)
-    conv = PositiveConcaveConv2d(1, 2)
+    conv = PositiveConcaveConv2d(2, 2, injection="given")
     image = torch.rand(1, 2, 4, 4) + 0.1
-    with pytest.raises(Refusal, match="convolution"):
-        verify(conv, image, image, dtype=torch.float32)
+    exact_image = long_picard(trace(conv.cell), image)
+    found = verify(conv, exact_image.float(), image, dtype=torch.float32)
+    assert found.proven.all(), "an unfolded convolution is a plain sum in float32 too"
+    assert ((found.lower.double() <= exact_image) & (exact_image <= found.upper.double())).all()
+    grouped = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False), Inject(), torch.nn.Tanh())
+    with torch.no_grad():
+        grouped[0].weight.abs_()
+    with pytest.raises(Refusal, match="float64"):
+        verify(grouped, image, image, dtype=torch.float32)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with pytest.raises(Refusal, match="mantissa"):
+        with pytest.raises(Refusal, match="cannot be bounded"):
             verify(layer, exact, b, dtype=torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -88,7 +88,7 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
     z = truth(layer, b)
     with torch.no_grad():
         diagonal = chain.linearize(z, b).diagonals[-1]
-        weight = chain.affine[0].weight
+        weight = chain.affine[0].weights[0]
         system = torch.eye(z.shape[1], dtype=z.dtype) - (diagonal.unsqueeze(-1) * weight).transpose(1, 2)
         exact = torch.linalg.solve(system, v)
         at_value = chain.linearize(value, b).diagonals[-1]

@@ -31,6 +31,8 @@ class Activation:
         supremum: sup of sigma over [0, inf), possibly inf.
         asymptotic_slope: lim sigma(t)/t for t to infinity.
         slope_at_zero: sigma'(0), the largest slope.
+        derivative_of_value: sigma'(v) as a function of sigma(v), where there is an accurate one: nonincreasing, and with
+            the rounding that `ulps` allows.
         ulps: bound on the relative rounding error of `function`, and on the absolute one of `derivative` divided by
             `slope_at_zero`, in units of the unit roundoff. Twice what was measured at worst against 50 digits.
     """
@@ -42,6 +44,7 @@ class Activation:
     supremum: float
     asymptotic_slope: float
     slope_at_zero: float
+    derivative_of_value: Callable[[Tensor], Tensor] | None = None
     ulps: int = 12
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -60,15 +63,58 @@ def _sigmoid_derivative(v: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("tanh", torch.tanh, lambda v: 1 - torch.tanh(v).square(), 0.0, 1.0, 0.0, 1.0),
+        Activation(
+            "tanh",
+            torch.tanh,
+            lambda v: 1 - torch.tanh(v).square(),
+            0.0,
+            1.0,
+            0.0,
+            1.0,
+            lambda s: 1 - s.square(),
+        ),
         # v/(1 + |v|) is torch's softsign; on [0, inf) they agree.
         Activation(
-            "softsign", nn.functional.softsign, lambda v: (1 + v.abs()).square().reciprocal(), 0.0, 1.0, 0.0, 1.0
+            "softsign",
+            nn.functional.softsign,
+            lambda v: (1 + v.abs()).square().reciprocal(),
+            0.0,
+            1.0,
+            0.0,
+            1.0,
+            lambda s: (1 - s).square(),
         ),
-        Activation("relu6", nn.functional.relu6, lambda v: ((v >= 0) & (v < 6)).to(v.dtype), 0.0, 6.0, 0.0, 1.0),
-        Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, 0.5, 1.0, 0.0, 0.25),
-        Activation("one_minus_exp", lambda v: -torch.expm1(-v), lambda v: torch.exp(-v), 0.0, 1.0, 0.0, 1.0),
-        Activation("arctan", torch.arctan, lambda v: (1 + v.square()).reciprocal(), 0.0, math.pi / 2, 0.0, 1.0),
+        Activation(
+            "relu6",
+            nn.functional.relu6,
+            lambda v: ((v >= 0) & (v < 6)).to(v.dtype),
+            0.0,
+            6.0,
+            0.0,
+            1.0,
+            lambda s: (s < 6).to(s.dtype),
+        ),
+        Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, 0.5, 1.0, 0.0, 0.25, lambda s: s * (1 - s)),
+        Activation(
+            "one_minus_exp",
+            lambda v: -torch.expm1(-v),
+            lambda v: torch.exp(-v),
+            0.0,
+            1.0,
+            0.0,
+            1.0,
+            lambda s: 1 - s,
+        ),
+        Activation(
+            "arctan",
+            torch.arctan,
+            lambda v: (1 + v.square()).reciprocal(),
+            0.0,
+            math.pi / 2,
+            0.0,
+            1.0,
+            lambda s: torch.cos(s).square(),
+        ),
         Activation(
             "erf",
             torch.erf,
@@ -78,7 +124,16 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             2 / math.sqrt(math.pi),
         ),
-        Activation("log1p", torch.log1p, lambda v: (1 + v).reciprocal(), 0.0, math.inf, 0.0, 1.0),
+        Activation(
+            "log1p",
+            torch.log1p,
+            lambda v: (1 + v).reciprocal(),
+            0.0,
+            math.inf,
+            0.0,
+            1.0,
+            lambda s: torch.exp(-s),
+        ),
         Activation(
             "sqrt_shift",
             lambda v: torch.sqrt(v + _SQRT_SHIFT),
@@ -87,10 +142,13 @@ ACTIVATIONS: dict[str, Activation] = {
             math.inf,
             0.0,
             0.5 / math.sqrt(_SQRT_SHIFT),
+            lambda s: 0.5 * s.reciprocal(),
         ),
         # On [0, inf) the rectifier is the identity.
-        Activation("relu", torch.relu, lambda v: (v >= 0).to(v.dtype), 0.0, math.inf, 1.0, 1.0),
-        Activation("identity", lambda v: v, torch.ones_like, 0.0, math.inf, 1.0, 1.0),
+        Activation(
+            "relu", torch.relu, lambda v: (v >= 0).to(v.dtype), 0.0, math.inf, 1.0, 1.0, lambda s: (s >= 0).to(s.dtype)
+        ),
+        Activation("identity", lambda v: v, torch.ones_like, 0.0, math.inf, 1.0, 1.0, torch.ones_like),
     )
 }
 

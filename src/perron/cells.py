@@ -12,36 +12,22 @@ order it is summed, and nonnegative concave activations do not amplify relative 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron.activations import ACTIVATIONS, Activation, get_activation
+from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step
+from perron.rounding import Rounding, gamma, unit_roundoff
 
-__all__ = [
-    "Activate",
-    "Chain",
-    "Inject",
-    "Linearization",
-    "Map",
-    "Opaque",
-    "Refusal",
-    "Rounding",
-    "affine_step",
-    "as_map",
-    "trace",
-]
+__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Opaque", "as_map", "trace"]
 
 Side = Literal["upper", "lower"]
-
-
-class Refusal(ValueError):
-    """Why a cell's structure, or a proof about it, could not be verified."""
 
 
 class Inject(nn.Module):
@@ -81,54 +67,7 @@ def _rebuild_activate(name: str, training: bool) -> Activate:
     return Activate(name).train(training)
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """|computed f(z) - f(z)| <= relative * f(z) + absolute, entrywise."""
-
-    relative: float
-    absolute: float
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def gamma(n: int, dtype: torch.dtype) -> float:
-    """n u/(1 - n u): relative error of n roundings (Higham, Accuracy and Stability, section 3.1)."""
-    nu = n * unit_roundoff(dtype)
-    return nu / (1 - nu) if nu < 0.5 else math.inf
-
-
 # ---------------------------------------------------------------------------------------------------------------- steps
-
-
-@dataclass(frozen=True)
-class AffineStep:
-    """v -> A v + c with A fixed by `weight` (None for pooling) and c by `bias`."""
-
-    apply: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    weight: Tensor | None
-    bias: Tensor | None
-    terms: int
-    dense: bool = False
-    # A's action on a constant over space: (out, in), whose spectral radius bounds A's.
-    channels: Callable[[Tensor | None], Tensor | None] = lambda weight: None
-    positive: Callable[[Tensor | None], bool] = lambda weight: True
-
-    def __call__(self, v: Tensor) -> Tensor:
-        return self.apply(v, self.weight, self.bias)
-
-    def linear(self, v: Tensor) -> Tensor:
-        """A v, without the bias."""
-        return self.apply(v, self.weight, None)
-
-    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """A^T g, where A acts on tensors of `shape`."""
-        if self.dense and self.weight is not None:
-            return g @ self.weight
-        with torch.enable_grad():
-            v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
-            return torch.autograd.grad(self.linear(v), v, g)[0]
 
 
 @dataclass(frozen=True)
@@ -198,25 +137,53 @@ class Chain:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for s in self.affine for t in (s.weight, s.bias) if t is not None)
+        return tuple(t for s in self.affine for t in s.tensors)
 
     def rebind(self, tensors: Sequence[Tensor]) -> Chain:
         rest = iter(tensors)
         return Chain(
-            tuple(
-                replace(
-                    s,
-                    weight=None if s.weight is None else next(rest),
-                    bias=None if s.bias is None else next(rest),
-                )
-                if isinstance(s, AffineStep)
-                else s
-                for s in self.steps
-            )
+            tuple(s.rebind([next(rest) for _ in s.tensors]) if isinstance(s, AffineStep) else s for s in self.steps)
         )
 
     def to(self, dtype: torch.dtype) -> Chain:
         return self.rebind([t.to(dtype) for t in self.tensors])
+
+    def plainly(self) -> Chain | None:
+        """The same map with plain sums, to which `rounding` applies; None if that precision offers none here."""
+        steps = [s.plainly() if isinstance(s, AffineStep) else s for s in self.steps]
+        return None if any(s is None for s in steps) else Chain(tuple(s for s in steps if s is not None))
+
+    def at_zero(self, injection: Tensor) -> Tensor:
+        """f(0; b), without the products with zero."""
+        z: Tensor | None = None
+        for step in self.steps:
+            if z is not None:
+                z = step(z, injection) if isinstance(step, InjectStep) else step(z)
+            elif isinstance(step, InjectStep):
+                z = injection
+            elif isinstance(step, ActivationStep) or step.bias is not None:
+                # Not a plain zero any more: no shortcut.
+                return self(torch.zeros_like(injection), injection)
+        assert z is not None
+        return z
+
+    @cached_property
+    def single(self) -> bool:
+        """f = sigma(A z + ...): one activation, at the end, so that J = diag(sigma') A."""
+        kinds = [isinstance(s, ActivationStep) for s in self.steps]
+        return len(kinds) > 1 and kinds[-1] and sum(kinds) == 1
+
+    def linear(self, v: Tensor) -> Tensor:
+        """A v, all affine steps without bias, injection and activation."""
+        for step in self.affine:
+            v = step.linear(v)
+        return v
+
+    def preactivation(self, z: Tensor, injection: Tensor) -> Tensor:
+        """What the last activation of a `single` chain is given."""
+        for step in self.steps[:-1]:
+            z = step(z, injection) if isinstance(step, InjectStep) else step(z)
+        return z
 
     @property
     def last_activation(self) -> Activation | None:
@@ -229,15 +196,12 @@ class Chain:
         return math.inf if self.last_activation is None else self.last_activation.supremum
 
     def rounding(self, dtype: torch.dtype) -> Rounding:
-        """Rounding error of one evaluation of this chain in `dtype`. One host synchronisation per affine step."""
-        relative, absolute, tiny = 0.0, 0.0, torch.finfo(dtype).tiny
+        """Rounding error of one evaluation of this chain in `dtype`, with plain sums."""
+        relative, absolute, tiny = 0.0, torch.zeros(()), torch.finfo(dtype).tiny
         for step in self.steps:
             if isinstance(step, AffineStep):
-                norm = 1.0
-                if step.weight is not None and step.weight.numel():
-                    norm = float(step.weight.detach().flatten(1).double().sum(1).max())
                 relative = (1 + relative) * (1 + gamma(step.terms + 2, dtype)) - 1
-                absolute = 2 * norm * absolute + 2 * (step.terms + 2) * tiny
+                absolute = 2 * step.row_sums().double() * absolute + 2 * (step.terms + 2) * tiny
             elif isinstance(step, ActivationStep):
                 relative = (1 + relative) * (1 + gamma(step.activation.ulps, dtype)) - 1
                 absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
@@ -245,18 +209,6 @@ class Chain:
                 relative = (1 + relative) * (1 + gamma(1, dtype)) - 1
                 absolute = 2 * absolute + tiny
         return Rounding(relative, absolute)
-
-    def trustworthy_in(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why sums in `dtype` on `device` may not obey `rounding`; None where they do."""
-        if dtype == torch.float64:
-            return None
-        if dtype != torch.float32:
-            return f"rounding in {dtype} is not bounded here; verify in float64"
-        if any(not s.dense and s.weight is not None for s in self.affine):
-            return "float32 convolutions may use transforms with subtractions; verify in float64"
-        if device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
-            return "float32 products may be computed with shorter mantissas; verify in float64"
-        return None
 
     def linearize(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
         """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included."""
@@ -363,63 +315,6 @@ class OpaqueLinearization:
 # ---------------------------------------------------------------------------------------------------------------- trace
 
 
-def _linear(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.Linear)
-    return AffineStep(
-        lambda v, w, c: F.linear(v, w, c),  # type: ignore[arg-type]
-        module.weight,
-        module.bias,
-        module.in_features,
-        dense=True,
-        channels=lambda w: w,
-        positive=lambda w: bool((w.detach().amax(1) > 0).all()) if w is not None and w.numel() else False,
-    )
-
-
-def _convolution(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if module.padding_mode != "zeros":
-        raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
-    dims = len(module.kernel_size)
-    conv: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
-
-    def apply(v: Tensor, w: Tensor | None, c: Tensor | None) -> Tensor:
-        if v.is_cuda and v.dtype == torch.float64:
-            # cuDNN may choose transforms that break the rounding bound; the native path is a plain product.
-            with torch.backends.cudnn.flags(enabled=False):
-                return conv(v, w, c, stride, padding, dilation, groups)
-        return conv(v, w, c, stride, padding, dilation, groups)
-
-    def channels(w: Tensor | None) -> Tensor | None:
-        return w.flatten(2).sum(2) if w is not None and groups == 1 and set(stride) == {1} else None
-
-    def positive(w: Tensor | None) -> bool:
-        # The tap at `padding` meets an input pixel at every output pixel, the border included.
-        if w is None or isinstance(padding, str) or set(stride) != {1} or set(dilation) != {1}:
-            return False
-        if any(2 * p > k - 1 for p, k in zip(padding, module.kernel_size, strict=True)):
-            return False
-        at: tuple[Any, ...] = (slice(None), slice(None), *padding)
-        tap = w.detach()[at]
-        return bool((tap.amax(1) > 0).all()) if tap.numel() else False
-
-    terms = module.in_channels // groups * math.prod(module.kernel_size)
-    return AffineStep(apply, module.weight, module.bias, terms, channels=channels, positive=positive)
-
-
-def _average_pool(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
-    if getattr(module, "divisor_override", None) is not None:
-        raise Refusal("average pooling with divisor_override is not verified")
-    dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]
-    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
-    size, stride, padding = module.kernel_size, module.stride, module.padding
-    ceil_mode, include = module.ceil_mode, module.count_include_pad
-    terms = math.prod(size) if isinstance(size, tuple) else size**dims
-    return AffineStep(lambda v, w, c: pool(v, size, stride, padding, ceil_mode, include), None, None, terms)
-
-
 _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Softsign: "softsign",
@@ -428,24 +323,6 @@ _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.Identity: "identity",
 }
-
-_AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
-    nn.AvgPool1d: _average_pool,
-    nn.AvgPool2d: _average_pool,
-    nn.AvgPool3d: _average_pool,
-}
-
-
-AFFINE_MODULES = tuple(_AFFINE_MODULES)
-
-
-def affine_step(module: nn.Module) -> AffineStep:
-    """A Linear, Conv or AvgPool module as a step; its tensors stay attached."""
-    return _AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
 
 
 def _steps(module: nn.Module, path: str) -> list[Step]:
@@ -467,7 +344,7 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
         return [ActivationStep(module.activation)]
     if kind in _ACTIVATION_MODULES:
         return [ActivationStep(ACTIVATIONS[_ACTIVATION_MODULES[kind]])]
-    if kind in _AFFINE_MODULES:
+    if kind in AFFINE_MODULES:
         return [affine_step(module)]
     raise Refusal(f"{path} is a {kind.__name__}, which is not known to be nonnegative, nondecreasing and concave")
 

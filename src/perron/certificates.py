@@ -7,12 +7,15 @@ spectral radius of its asymptotic map is below 1, and then it is unique and Pica
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from perron.cells import ActivationStep, AffineStep, Chain, InjectStep, Refusal, gamma, trace
+from perron.affine import AffineStep, Refusal
+from perron.cells import ActivationStep, Chain, InjectStep, trace
+from perron.rounding import gamma
 
 __all__ = ["Certificate", "certify", "derive", "spectral_radius_bound"]
 
@@ -63,7 +66,7 @@ def _refused(reason: str, *, kind: str = "none") -> Certificate:
 
 @torch.no_grad()
 def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
-    """A rigorous upper bound on the spectral radius of a nonnegative square matrix.
+    """A rigorous upper bound on the spectral radius of a nonnegative square matrix, dense or CSR.
 
     Collatz-Wielandt: rho(A) <= max_i (A w)_i / w_i for every w > 0. Power iteration only looks for a good w; the bound
     is then one evaluation in float64 with its rounding error added, so it holds however far the iteration got.
@@ -77,15 +80,16 @@ def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
     a = matrix.detach().double()
     if a.dim() != 2 or a.shape[0] != a.shape[1]:
         raise ValueError(f"a square matrix is needed, got shape {tuple(matrix.shape)}")
-    if not bool(((a >= 0) & torch.isfinite(a)).all()):
+    entries = a.values() if a.layout == torch.sparse_csr else a
+    if not bool(((entries >= 0) & torch.isfinite(entries)).all()):
         raise ValueError("the bound holds for finite nonnegative matrices only")
     n = a.shape[0]
-    if n == 0:
+    if entries.numel() == 0:
         return 0.0
-    scale = float(a.max())
+    scale = float(entries.max())
     if scale == 0:
         return 0.0
-    a = a / scale
+    a = a * (1 / scale)
     w = torch.ones(n, dtype=torch.float64, device=a.device)
     best = float("inf")
     for _ in range(iterations):
@@ -103,14 +107,12 @@ def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
 def _asymptotic_radius(chain: Chain) -> float:
     """Upper bound on the spectral radius of f_inf(z) = lim f(t z)/t, a product of slopes and nonnegative matrices."""
     product: Tensor | None = None
-    slope = 1.0
+    slope = math.prod(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
+    if slope == 0:
+        return 0.0
     for step in chain.steps:
-        if isinstance(step, ActivationStep):
-            slope *= step.activation.asymptotic_slope
-            if slope == 0:
-                return 0.0
-        elif isinstance(step, AffineStep) and step.weight is not None:
-            matrix = step.channels(step.weight)
+        if isinstance(step, AffineStep) and step.weights:
+            matrix = step.channels()
             if matrix is None:
                 raise Refusal("the spectral radius of a grouped or strided convolution is not bounded here")
             matrix = matrix.detach().double()
@@ -127,7 +129,7 @@ def _asymptotic_radius(chain: Chain) -> float:
 
 def _check_nonnegative(chain: Chain) -> None:
     for number, step in enumerate(chain.affine):
-        for name, tensor in (("weight", step.weight), ("bias", step.bias)):
+        for name, tensor in (*(("weight", w) for w in step.weights), ("bias", step.bias)):
             if tensor is None or tensor.numel() == 0:
                 continue
             low, high = (float(t) for t in torch.aminmax(tensor.detach()))
@@ -144,7 +146,7 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
     for step in chain.steps:
         if isinstance(step, AffineStep):
             bias = step.bias is not None and step.bias.numel() > 0 and bool((step.bias.detach() > 0).all())
-            positive = bias or (positive and step.positive(step.weight))
+            positive = bias or (positive and step.positive())
         elif isinstance(step, InjectStep):
             positive = positive or positive_injection
         else:

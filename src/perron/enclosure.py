@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from perron._batch import all_finite, all_true, amax, amin, per_sample
-from perron.cells import Chain, Refusal, Rounding, trace, unit_roundoff
+from perron.affine import Refusal
+from perron.cells import Chain, trace
 from perron.certificates import derive
+from perron.rounding import Rounding, unit_roundoff
 
 __all__ = [
     "Enclosure",
@@ -194,13 +196,11 @@ def verify(
         check_injection(injection, positive=False)
         if not certificate:
             raise Refusal(str(certificate.refusal))
-        reason = chain.trustworthy_in(dtype, candidate.device)
-        if reason is not None:
-            raise Refusal(reason)
+        plain = chain.to(dtype).plainly()
+        if plain is None:
+            raise Refusal(f"sums in {dtype} cannot be bounded for this cell on {candidate.device}; verify in float64")
         candidate = candidate.to(dtype).clamp_min(0)
-        return prove_around(
-            chain.to(dtype), injection.to(dtype), candidate, attempts=attempts, neumann_steps=neumann_steps
-        )
+        return prove_around(plain, injection.to(dtype), candidate, attempts=attempts, neumann_steps=neumann_steps)
 
 
 def prove_around(

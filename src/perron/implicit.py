@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
-from perron.cells import Chain, Linearization, Map, gamma, unit_roundoff
+from perron.cells import Chain, Linearization, Map
+from perron.rounding import gamma, unit_roundoff
 from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver, report_failure
 
 __all__ = ["fixed_point", "solve_adjoint"]

@@ -2,13 +2,19 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from perron.cells import trace
 from perron.nn import (
+    Activate,
+    DiagonalLowRank,
+    Equilibrium,
+    Inject,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
     PositiveConcaveLinear,
+    SparseLinear,
 )
 from perron.solvers import Picard
 from problems import long_picard
@@ -126,3 +132,29 @@ def test_the_last_solution_is_detached() -> None:
     assert not solution.value.requires_grad
     assert not solution.lower.requires_grad
     assert solution.adjoint is None
+
+
+@pytest.mark.parametrize("structure", ["sparse", "diagonal and low rank"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_structured_cells_have_the_same_certificates(structure, activation) -> None:
+    n = 30
+    if structure == "sparse":
+        matrix = SparseLinear((torch.rand(n, n) < 0.2).nonzero().t(), n)
+        with torch.no_grad():
+            matrix.weight.uniform_(0, 0.2)
+    else:
+        matrix = DiagonalLowRank(n, 3)
+    layer = Equilibrium(nn.Sequential(matrix, Inject(), Activate(activation)), injection="softplus")
+    assert layer.certificate()
+    x = torch.randn(6, n)
+    solution = layer.solve(x)
+    assert solution.certified
+    assert solution.converged.all()
+    exact = long_picard(trace(layer.cell), layer.injected(x))
+    assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
+    layer(x).sum().backward()
+    assert layer.last_solution.adjoint.certified
+    assert all(p.grad is not None for p in matrix.parameters())
+    with torch.no_grad():
+        next(matrix.parameters())[0] = -0.1
+    assert not layer.certificate(), "a negative weight"

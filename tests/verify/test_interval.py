@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from perron.cells import Refusal
+from perron.affine import Refusal
 from perron.models import PositiveConcaveConvNet, PositiveConcaveLinearNet
 from perron.nn import Equilibrium, PositiveConcaveLinear
 from perron.verify import Interval, certify_classes, propagate

@@ -8,13 +8,16 @@ from perron.nn.positive_concave import (
     PositiveConcaveConv3d,
     PositiveConcaveLinear,
 )
+from perron.structured import DiagonalLowRank, SparseLinear
 
 __all__ = [
     "Activate",
+    "DiagonalLowRank",
     "Equilibrium",
     "Inject",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
     "PositiveConcaveConv3d",
     "PositiveConcaveLinear",
+    "SparseLinear",
 ]

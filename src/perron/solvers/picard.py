@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
-from perron.cells import Chain, unit_roundoff
+from perron.cells import Chain
 from perron.enclosure import Enclosure, Evaluated, chord, prove, prove_around, relative_error_bound, round_outward
+from perron.rounding import unit_roundoff
 from perron.solvers.base import FixedPointProblem, OnFailure, Solution, report_failure
 
 __all__ = ["Picard"]
@@ -108,7 +109,7 @@ class _Enclosing:
         assert isinstance(problem.map, Chain)
         b = problem.injection
         precision = solver.verify
-        if precision is not None and problem.map.trustworthy_in(precision, b.device) is not None:
+        if precision is not None and problem.map.to(precision).plainly() is None:
             precision = torch.float64
         self.solver = solver
         self.working = b.dtype
@@ -116,6 +117,10 @@ class _Enclosing:
         self.dtype = b.dtype if precision is None or b.dtype == torch.float64 else precision
         self.proving = precision is not None
         self.problem = problem.to(self.dtype)
+        if self.proving:
+            plain = self.problem.map.plainly()  # type: ignore[union-attr]
+            assert plain is not None
+            self.problem = replace(self.problem, map=plain)
         self.map = self.problem.map
         assert isinstance(self.map, Chain)
         self.rounding = self.map.rounding(self.dtype)

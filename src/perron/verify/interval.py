@@ -8,7 +8,7 @@ and every radius is enlarged by a bound on the rounding of its own computation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron._batch import per_sample
-from perron.cells import AFFINE_MODULES, Chain, Refusal, affine_step, as_map, gamma
+from perron.affine import AFFINE_MODULES, Refusal, affine_step
+from perron.cells import Chain, as_map
 from perron.nn import Equilibrium
+from perron.rounding import gamma
 from perron.solvers import FixedPointProblem, Picard
 
 __all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
@@ -38,11 +40,7 @@ class Interval:
 def _affine(module: nn.Module, box: Interval) -> Interval:
     """A(c +/- r) + d, with |A| r and the rounding gamma_n (|A| |c| + |d|) as radius."""
     (step,) = Chain((affine_step(module),)).to(DTYPE).affine
-    magnitude = replace(
-        step,
-        weight=None if step.weight is None else step.weight.abs(),
-        bias=None if step.bias is None else step.bias.abs(),
-    )
+    magnitude = step.rebind([t.abs() for t in step.tensors])
     centre, radius = _centre(box)
     middle = step(centre)
     slack = 4 * gamma(step.terms + 8, DTYPE) * magnitude(centre.abs() + radius)
@@ -115,7 +113,7 @@ def _propagate(module: nn.Module, box: Interval) -> Interval:
         return box
     rules: list[tuple[Any, Callable[..., Interval]]] = [
         (Equilibrium, _equilibrium),
-        (AFFINE_MODULES, _affine),
+        (tuple(AFFINE_MODULES), _affine),
         (_NORMS, _batch_norm),
         (_MONOTONE, _pooled),
     ]

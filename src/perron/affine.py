@@ -1,0 +1,397 @@
+"""Affine steps of a cell, v -> A v + c: each with its transpose, its gradient and what the proofs need of it.
+
+`plainly()` gives the step in a form whose sums are plain sums of products, each product once, in whatever order: only
+such sums obey the rounding bound of `perron.rounding`. Libraries may compute convolutions by transforms, which cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import torch.nn.grad
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from perron.structured import DiagonalLowRank, SparseLinear, SparsePattern, sparse_product
+
+__all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "Refusal", "affine_step"]
+
+# Bytes of unfolded input that a plain convolution works on at a time: about a core's second-level cache.
+_PATCH_BYTES = 2**20
+
+
+class Refusal(ValueError):
+    """Why a cell's structure, or a proof about it, could not be verified."""
+
+
+@dataclass(frozen=True)
+class AffineStep(ABC):
+    """v -> A v + c on (batch, ...) tensors; A is given by `weights` (none for pooling), c by `bias`."""
+
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None
+
+    @property
+    @abstractmethod
+    def terms(self) -> int:
+        """Products in the longest sum of A v."""
+
+    @abstractmethod
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        """A v + bias."""
+
+    @abstractmethod
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """A^T g, where A acts on tensors of `shape`."""
+
+    @abstractmethod
+    def row_sums(self) -> Tensor:
+        """A scalar: a bound on the largest sum of a row of A."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.apply(v, self.bias)
+
+    def linear(self, v: Tensor) -> Tensor:
+        """A v."""
+        return self.apply(v, None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weights if self.bias is None else (*self.weights, self.bias)
+
+    def rebind(self, tensors: Sequence[Tensor]) -> AffineStep:
+        """The same step with other `tensors`."""
+        count = len(self.weights)
+        return replace(self, weights=tuple(tensors[:count]), bias=None if self.bias is None else tensors[count])
+
+    def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of <y, A v + c> for `tensors`."""
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in self.weights]
+            output = self.rebind([*leaves, *([] if self.bias is None else [self.bias])]).linear(v.detach())
+            found = torch.autograd.grad(output, leaves, y) if leaves else ()
+        return (*found, *self._bias_gradient(y))
+
+    def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
+        if self.bias is None:
+            return ()
+        return (y.sum([0, *range(2, y.dim())]),)
+
+    def plainly(self) -> AffineStep | None:
+        """A step with plain sums in the precision of its tensors, or None if this device offers none."""
+        # On other devices float32 products may be computed with shorter mantissas.
+        dtype = self.tensors[0].dtype if self.tensors else torch.float64
+        exact = dtype == torch.float64 or (
+            dtype == torch.float32
+            and all(t.device.type == "cpu" for t in self.tensors)
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+        return self if exact else None
+
+    def channels(self) -> Tensor | None:
+        """A's action on constants over space, (out, in), dense or CSR: its spectral radius bounds A's. None: unknown."""
+        return None
+
+    def positive(self) -> bool:
+        """Whether A v > 0 for every v > 0, as far as can be told."""
+        return True
+
+
+@dataclass(frozen=True)
+class DenseStep(AffineStep):
+    """A is a matrix (out, in)."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weights[0]
+
+    @property
+    def terms(self) -> int:
+        return self.weight.shape[1]
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(v, self.weight, bias)
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        return g @ self.weight
+
+    def row_sums(self) -> Tensor:
+        return _largest(self.weight.sum(1))
+
+    def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        if v.dim() != 2:
+            return super().gradients(v, y)
+        return (y.t() @ v, *self._bias_gradient(y))
+
+    def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
+        return () if self.bias is None else (y.flatten(0, -2).sum(0),)
+
+    def channels(self) -> Tensor | None:
+        return self.weight
+
+    def positive(self) -> bool:
+        return bool((self.weight.amax(1) > 0).all()) if self.weight.numel() else False
+
+
+@dataclass(frozen=True)
+class SparseStep(AffineStep):
+    """A is a CSR matrix; `weights` holds its entries."""
+
+    pattern: SparsePattern
+    longest_row: int
+
+    @property
+    def terms(self) -> int:
+        return self.longest_row
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        y = sparse_product(self.pattern, self.weights[0], v)
+        return y if bias is None else y + bias
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        return sparse_product(self.pattern.t(), self.weights[0], g)
+
+    def row_sums(self) -> Tensor:
+        return _largest(self._rows(self.weights[0]))
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.pattern.shape[0]).index_add_(0, self.pattern.row_of_entry(), values)
+
+    def channels(self) -> Tensor | None:
+        return self.pattern.matrix(self.weights[0])
+
+    def positive(self) -> bool:
+        return bool((self._rows((self.weights[0] > 0).double()) > 0).all())
+
+
+@dataclass(frozen=True)
+class DiagonalLowRankStep(AffineStep):
+    """A = diag(d) + L R^T; `weights` is (d, L, R)."""
+
+    @property
+    def terms(self) -> int:
+        features, rank = self.weights[1].shape
+        return features + rank + 1
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        diagonal, left, right = self.weights
+        y = v * diagonal + (v @ right) @ left.t()
+        return y if bias is None else y + bias
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        diagonal, left, right = self.weights
+        return g * diagonal + (g @ left) @ right.t()
+
+    def row_sums(self) -> Tensor:
+        diagonal, left, right = self.weights
+        return _largest(diagonal + left @ right.sum(0))
+
+    def channels(self) -> Tensor | None:
+        diagonal, left, right = self.weights
+        return torch.diag(diagonal) + left @ right.t()
+
+    def positive(self) -> bool:
+        diagonal, left, right = self.weights
+        return bool(((diagonal > 0) | (left @ right.sum(0) > 0)).all())
+
+
+@dataclass(frozen=True)
+class ConvolutionStep(AffineStep):
+    """A is a convolution with zero padding. `unfolded` evaluates it as a plain matrix product (CPU, one group)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    unfolded: bool = False
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.weights[0].shape[2:])
+
+    @property
+    def terms(self) -> int:
+        return self.weights[0][0].numel()
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        if self.unfolded:
+            return self._unfold_and_multiply(v, bias)
+        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        arguments = (v, self.weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
+        if v.is_cuda and v.dtype == torch.float64:
+            # cuDNN may choose transforms that break the rounding bound; the native path is a plain product.
+            with torch.backends.cudnn.flags(enabled=False):
+                return conv(*arguments)
+        return conv(*arguments)
+
+    def _pads(self) -> list[tuple[int, int]]:
+        if self.padding == "valid":
+            return [(0, 0)] * len(self.kernel)
+        if isinstance(self.padding, str):
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+            return [(t // 2, t - t // 2) for t in totals]
+        return [(p, p) for p in self.padding]
+
+    def _unfold_and_multiply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.weights[0].flatten(1)
+        v = F.pad(v, [p for pair in reversed(self._pads()) for p in pair])
+        sizes = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip(v.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        out = v.new_empty(len(v), len(weight), *sizes)
+        pixels = math.prod(sizes)
+        chunk = max(1, _PATCH_BYTES // max(1, weight.shape[1] * pixels * v.element_size()))
+        space = v.stride()[2:]
+        strides = (
+            *v.stride()[:2],
+            *(s * d for s, d in zip(space, self.dilation, strict=True)),
+            *(s * t for s, t in zip(space, self.stride, strict=True)),
+        )
+        for start in range(0, len(v), chunk):
+            part = v[start : start + chunk]
+            # Every pixel's receptive field as a view; reshape copies it into one matrix per sample.
+            fields = part.as_strided((*part.shape[:2], *self.kernel, *sizes), strides, part.storage_offset())
+            columns = fields.reshape(len(part), weight.shape[1], pixels)
+            torch.matmul(weight, columns, out=out[start : start + chunk].flatten(2))
+        return out if bias is None else out + bias.reshape(-1, *[1] * len(sizes))
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        if isinstance(self.padding, str):
+            with torch.enable_grad():
+                v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
+                return torch.autograd.grad(self.linear(v), v, g)[0]
+        transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel) - 1]
+        extra = [
+            n + 2 * p - d * (k - 1) - 1 - (m - 1) * s
+            for n, m, k, s, p, d in zip(
+                shape[2:], g.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        with torch.backends.cudnn.flags(enabled=not (g.is_cuda and g.dtype == torch.float64)):
+            return transposed(g, self.weights[0], None, self.stride, self.padding, extra, self.groups, self.dilation)
+
+    def row_sums(self) -> Tensor:
+        return _largest(self.weights[0].flatten(1).sum(1))
+
+    def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.padding, str):
+            return replace(self, unfolded=False)._generic_gradients(v, y)
+        gradient: Any = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[
+            len(self.kernel) - 1
+        ]
+        of_weight = gradient(v, self.weights[0].shape, y, self.stride, self.padding, self.dilation, self.groups)
+        return (of_weight, *self._bias_gradient(y))
+
+    def _generic_gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return super().gradients(v, y)
+
+    def plainly(self) -> AffineStep | None:
+        if super().plainly() is None:
+            return None
+        weight = self.weights[0]
+        if weight.device.type == "cpu" and self.groups == 1:
+            return replace(self, unfolded=True)
+        return self if weight.dtype == torch.float64 else None
+
+    def channels(self) -> Tensor | None:
+        return self.weights[0].flatten(2).sum(2) if self.groups == 1 and set(self.stride) == {1} else None
+
+    def positive(self) -> bool:
+        # The tap at `padding` meets an input pixel at every output pixel, the border included.
+        if isinstance(self.padding, str) or set(self.stride) != {1} or set(self.dilation) != {1}:
+            return False
+        if any(2 * p > k - 1 for p, k in zip(self.padding, self.kernel, strict=True)):
+            return False
+        at: tuple[Any, ...] = (slice(None), slice(None), *self.padding)
+        tap = self.weights[0][at]
+        return bool((tap.amax(1) > 0).all()) if tap.numel() else False
+
+
+@dataclass(frozen=True)
+class PoolStep(AffineStep):
+    """A averages over windows."""
+
+    pool: Callable[[Tensor], Tensor]
+    size: int
+
+    @property
+    def terms(self) -> int:
+        return self.size
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        return self.pool(v)
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        with torch.enable_grad():
+            v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
+            return torch.autograd.grad(self.pool(v), v, g)[0]
+
+    def row_sums(self) -> Tensor:
+        return torch.ones(())
+
+
+def _largest(sums: Tensor) -> Tensor:
+    return sums.detach().max() if sums.numel() else sums.detach().new_zeros(())
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+def _linear(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.Linear)
+    return DenseStep((module.weight,), module.bias)
+
+
+def _sparse(module: nn.Module) -> AffineStep:
+    assert isinstance(module, SparseLinear)
+    return SparseStep((module.weight,), module.bias, module.pattern, module.longest_row)
+
+
+def _diagonal_low_rank(module: nn.Module) -> AffineStep:
+    assert isinstance(module, DiagonalLowRank)
+    return DiagonalLowRankStep((module.diagonal, module.left, module.right), module.bias)
+
+
+def _convolution(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if module.padding_mode != "zeros":
+        raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
+    padding: tuple[int, ...] | str = module.padding  # type: ignore[assignment]
+    return ConvolutionStep((module.weight,), module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def _average_pool(module: nn.Module) -> AffineStep:
+    assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
+    if getattr(module, "divisor_override", None) is not None:
+        raise Refusal("average pooling with divisor_override is not verified")
+    dims: Literal[1, 2, 3] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]  # type: ignore[assignment]
+    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
+    size, stride, padding = module.kernel_size, module.stride, module.padding
+    ceil_mode, include = module.ceil_mode, module.count_include_pad
+    terms = math.prod(size) if isinstance(size, tuple) else size**dims
+    return PoolStep((), None, lambda v: pool(v, size, stride, padding, ceil_mode, include), terms)
+
+
+AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
+    nn.Linear: _linear,
+    SparseLinear: _sparse,
+    DiagonalLowRank: _diagonal_low_rank,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.AvgPool1d: _average_pool,
+    nn.AvgPool2d: _average_pool,
+    nn.AvgPool3d: _average_pool,
+}
+
+
+def affine_step(module: nn.Module) -> AffineStep:
+    """A Linear, SparseLinear, DiagonalLowRank, Conv or AvgPool module as a step; its tensors stay attached."""
+    return AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)

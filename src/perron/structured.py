@@ -1,0 +1,287 @@
+"""Linear maps with structured weights: sparse (CSR), and diagonal plus low rank. Modules for use in a cell.
+
+Their weights are ordinary parameters, so `perron.constraints.nonnegative` and optimisers treat them as any other.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perron._batch import VmapInfo, fold_vmap
+
+__all__ = ["DiagonalLowRank", "SparseLinear", "SparsePattern"]
+
+with warnings.catch_warnings():
+    # torch announces once per process that CSR tensors are in beta; every use here is tested.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """Where a CSR matrix has entries, and where its transpose has them.
+
+    Attributes:
+        rows, columns: (rows + 1,) row pointers and (nnz,) column indices.
+        transposed_rows, transposed_columns: the same of the transpose.
+        order: (nnz,) `values[order]` are the values of the transpose.
+        shape: (rows, columns).
+        transposed: whether this is the view of the transpose.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    transposed_rows: Tensor
+    transposed_columns: Tensor
+    order: Tensor
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    def t(self) -> SparsePattern:
+        return SparsePattern(
+            self.rows,
+            self.columns,
+            self.transposed_rows,
+            self.transposed_columns,
+            self.order,
+            self.shape,
+            not self.transposed,
+        )
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The CSR tensor with these values, given in the order of the untransposed matrix."""
+        if self.transposed:
+            parts = (self.transposed_rows, self.transposed_columns, values[self.order])
+            return torch.sparse_csr_tensor(*parts, self.shape[::-1], check_invariants=False)
+        return torch.sparse_csr_tensor(self.rows, self.columns, values, self.shape, check_invariants=False)
+
+    def row_of_entry(self) -> Tensor:
+        return torch.repeat_interleave(self.rows.diff())
+
+
+class _Product(torch.autograd.Function):
+    """v -> v W^T for a sparse W with the given values; differentiable any number of times."""
+
+    @staticmethod
+    def forward(pattern: SparsePattern, values: Tensor, v: Tensor) -> Tensor:
+        return (pattern.matrix(values) @ v.t()).t().contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.pattern, values, v = inputs
+        ctx.save_for_backward(values, v)
+        ctx.save_for_forward(values, v)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        values, v = ctx.saved_tensors
+        of_values = _Sampled.apply(ctx.pattern, grad, v) if ctx.needs_input_grad[1] else None
+        of_v = _Product.apply(ctx.pattern.t(), values, grad) if ctx.needs_input_grad[2] else None
+        return None, of_values, of_v
+
+    @staticmethod
+    def jvp(ctx, _, values_tangent, v_tangent):  # type: ignore[no-untyped-def]
+        values, v = ctx.saved_tensors
+        parts = []
+        if values_tangent is not None:
+            parts.append(_Product.apply(ctx.pattern, values_tangent, v))
+        if v_tangent is not None:
+            parts.append(_Product.apply(ctx.pattern, values, v_tangent))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: VmapInfo, in_dims, pattern, values, v):  # type: ignore[no-untyped-def]
+        return fold_vmap(lambda t, x: _Product.apply(pattern, t, x), info, in_dims[1:], (values, v), shared=(0,))
+
+
+class _Sampled(torch.autograd.Function):
+    """(y, v) -> sum over the batch of y_r v_c at the entries (r, c) of the pattern: the gradient of the values."""
+
+    @staticmethod
+    def forward(pattern: SparsePattern, y: Tensor, v: Tensor) -> Tensor:
+        if pattern.transposed:
+            y, v = v, y
+        rows, columns = pattern.row_of_entry(), pattern.columns
+        found = y.new_zeros(len(columns))
+        # One sample at a time: the batch would need a (batch, nnz) tensor.
+        for sample in range(len(y)):
+            found += y[sample][rows] * v[sample][columns]
+        return found
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.pattern, y, v = inputs
+        ctx.save_for_backward(y, v)
+        ctx.save_for_forward(y, v)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        y, v = ctx.saved_tensors
+        return None, _Product.apply(ctx.pattern, grad, v), _Product.apply(ctx.pattern.t(), grad, y)
+
+    @staticmethod
+    def jvp(ctx, _, y_tangent, v_tangent):  # type: ignore[no-untyped-def]
+        y, v = ctx.saved_tensors
+        parts = []
+        if y_tangent is not None:
+            parts.append(_Sampled.apply(ctx.pattern, y_tangent, v))
+        if v_tangent is not None:
+            parts.append(_Sampled.apply(ctx.pattern, y, v_tangent))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: VmapInfo, in_dims, pattern, y, v):  # type: ignore[no-untyped-def]
+        return fold_vmap(lambda a, b: _Sampled.apply(pattern, a, b), info, in_dims[1:], (y, v), shared=(0, 1))
+
+
+def sparse_product(pattern: SparsePattern, values: Tensor, v: Tensor) -> Tensor:
+    """v W^T, (batch, columns) -> (batch, rows)."""
+    return _Product.apply(pattern, values, v)
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T (+ bias) with a sparse W whose pattern is fixed; only the entries are parameters.
+
+    Args:
+        edges: (2, nnz) integer tensor of (row, column) pairs, each at most once: entry W[row, column].
+        out_features, in_features: shape of W; `in_features` defaults to `out_features`.
+        bias: whether to add one.
+
+    Shape:
+        input (batch, in_features), output (batch, out_features); `weight` (nnz,), in the order of the rows of W.
+
+    Raises:
+        ValueError: indices of a wrong shape or type, out of range, or twice the same entry.
+
+    >>> layer = SparseLinear(torch.tensor([[0, 1, 1], [1, 0, 1]]), 2)
+    >>> layer(torch.ones(3, 2)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        edges: Tensor,
+        out_features: int,
+        in_features: int | None = None,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        in_features = out_features if in_features is None else in_features
+        if edges.dim() != 2 or edges.shape[0] != 2 or edges.is_floating_point():
+            raise ValueError(f"edges must be an integer tensor (2, nnz), got {edges.dtype} {tuple(edges.shape)}")
+        edges = edges.to(device=device, dtype=torch.long)
+        limit = torch.tensor([[out_features], [in_features]], device=edges.device)
+        if edges.numel() and bool(((edges < 0) | (edges >= limit)).any()):
+            raise ValueError(f"edges must lie in a {out_features} x {in_features} matrix, got up to {edges.amax(1)}")
+        key, _ = (edges[0] * in_features + edges[1]).sort()
+        if bool((key.diff() == 0).any()):
+            raise ValueError("an entry is named twice in edges; coalesce them first")
+        rows, columns = key // max(in_features, 1), key % max(in_features, 1)
+        order = (columns * out_features + rows).argsort()
+        self.out_features, self.in_features = out_features, in_features
+        self.longest_row = int(torch.bincount(rows, minlength=1).max())
+        buffers = {
+            "row_pointers": _pointers(rows, out_features),
+            "columns": columns,
+            "transposed_row_pointers": _pointers(columns[order], in_features),
+            "transposed_columns": rows[order],
+            "order": order,
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.weight = nn.Parameter(torch.empty(len(columns), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform as `nn.Linear`, with the mean number of entries in a row as fan-in."""
+        bound = 1 / math.sqrt(max(1.0, self.weight.numel() / max(1, self.out_features)))
+        with torch.no_grad():
+            self.weight.copy_(torch.empty_like(self.weight).uniform_(-bound, bound))
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    @property
+    def pattern(self) -> SparsePattern:
+        return SparsePattern(
+            self.row_pointers,  # type: ignore[arg-type]
+            self.columns,  # type: ignore[arg-type]
+            self.transposed_row_pointers,  # type: ignore[arg-type]
+            self.transposed_columns,  # type: ignore[arg-type]
+            self.order,  # type: ignore[arg-type]
+            (self.out_features, self.in_features),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = sparse_product(self.pattern, self.weight, x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, nnz={self.weight.numel()}, bias={self.bias is not None}"
+
+
+def _pointers(sorted_rows: Tensor, count: int) -> Tensor:
+    return torch.cat([sorted_rows.new_zeros(1), torch.bincount(sorted_rows, minlength=count).cumsum(0)])
+
+
+class DiagonalLowRank(nn.Module):
+    """y = x W^T (+ bias) with W = diag(diagonal) + left right^T.
+
+    Args:
+        features: size n of W.
+        rank: columns of `left` and `right`.
+        bias: whether to add one.
+
+    Shape:
+        input and output (batch, features); `diagonal` (features,), `left` and `right` (features, rank).
+
+    Raises:
+        ValueError: the rank is negative.
+
+    >>> DiagonalLowRank(5, 2)(torch.ones(3, 5)).shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 0:
+            raise ValueError(f"rank must not be negative, got {rank}")
+        self.features, self.rank = features, rank
+        self.diagonal = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.left = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))
+        self.right = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Nonnegative, with row sums about 0.9, half of them on the diagonal."""
+        scale = math.sqrt(4 * 0.45 / max(1, self.features * self.rank))
+        with torch.no_grad():
+            self.diagonal.copy_(torch.full_like(self.diagonal, 0.45))
+            self.left.copy_(torch.empty_like(self.left).uniform_(0, scale))
+            self.right.copy_(torch.empty_like(self.right).uniform_(0, scale))
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.diagonal + (x @ self.right) @ self.left.t()
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, rank={self.rank}, bias={self.bias is not None}"

@@ -1,0 +1,123 @@
+"""Every affine step against the dense matrix of the module it was read from."""
+
+import pytest
+import torch
+from torch import nn
+
+from perron.affine import affine_step
+from perron.structured import DiagonalLowRank, SparseLinear
+
+EDGES = torch.tensor([[0, 0, 1, 3, 4, 4], [1, 4, 2, 3, 0, 4]])
+STEPS = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 5, bias=False), (5,)),
+    "sparse": (lambda: SparseLinear(EDGES, 5, bias=True), (5,)),
+    "sparse, not square": (lambda: SparseLinear(EDGES, 6, 5), (5,)),
+    "diagonal and low rank": (lambda: DiagonalLowRank(5, 2, bias=True), (5,)),
+    "rank 0": (lambda: DiagonalLowRank(5, 0), (5,)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 7)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 5, 4)),
+    "conv2d strided": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), (2, 6, 5)),
+    "conv2d dilated": (lambda: nn.Conv2d(2, 3, (3, 2), dilation=(2, 1)), (2, 7, 5)),
+    "conv2d same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same"), (2, 4, 5)),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4, 3)),
+    "conv3d": (lambda: nn.Conv3d(2, 2, 3, padding=1), (2, 3, 4, 3)),
+    "pooling": (lambda: nn.AvgPool2d(3, 1, 1), (2, 4, 5)),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64):
+    make, shape = STEPS[name]
+    return make().to(dtype), torch.rand(3, *shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_forward_transpose_and_gradients(name: str) -> None:
+    module, v = build(name)
+    step = affine_step(module)
+    v.requires_grad_()
+    expected = module(v)
+    g = torch.rand_like(expected)
+    parameters = list(module.parameters())
+    of_v, *of_parameters = torch.autograd.grad(expected, [v, *parameters], g)
+    detached = step.rebind([t.detach() for t in step.tensors])
+    torch.testing.assert_close(detached(v.detach()), expected.detach())
+    torch.testing.assert_close(detached.transpose(g, v.shape), of_v)
+    found = dict(zip((id(t) for t in step.tensors), detached.gradients(v.detach(), g), strict=True))
+    for parameter, gradient in zip(parameters, of_parameters, strict=True):
+        torch.testing.assert_close(found[id(parameter)], gradient)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_sums_agree_and_obey_the_rounding_bound(name: str, dtype: torch.dtype) -> None:
+    module, v = build(name, dtype)
+    step = affine_step(module).rebind([t.detach().abs() for t in affine_step(module).tensors])
+    plain = step.plainly()
+    if plain is None:
+        assert "grouped" in name or name == "pooling"
+        assert dtype == torch.float32
+        return
+    exact = step.rebind([t.double() for t in step.tensors])(v.double())
+    u = torch.finfo(dtype).eps / 2
+    assert ((plain(v).double() - exact).abs() <= 2 * (step.terms + 2) * u * exact).all()
+    # Strided and offset inputs, and an empty batch.
+    twice = torch.stack([v, v], dim=-1)[..., 1]
+    torch.testing.assert_close(plain(twice), plain(v))
+    assert plain(v[:0]).shape == (0, *exact.shape[1:])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_row_sums_and_channels_bound_the_map(name: str) -> None:
+    module, v = build(name)
+    step = affine_step(module).rebind([t.detach().abs() for t in affine_step(module).tensors])
+    largest = step.linear(torch.ones_like(v)).max()
+    assert step.row_sums() >= largest * (1 - 1e-12)
+    channels = step.channels()
+    if channels is not None and v.dim() == 2:
+        torch.testing.assert_close(v @ channels.to_dense().t(), step.linear(v))
+
+
+def test_plain_convolution_keeps_small_entries_beside_huge_ones() -> None:
+    """A transform would leave an error of the size of its largest input everywhere."""
+    step = affine_step(nn.Conv2d(1, 1, 3, padding=1, bias=False)).plainly()
+    step = step.rebind([t.detach().abs() for t in step.tensors])
+    image = torch.full((1, 1, 8, 8), 1e-3)
+    image[0, 0, 0, 0] = 1e20
+    exact = step.rebind([t.double() for t in step.tensors])(image.double())
+    torch.testing.assert_close(step(image).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_sparse_product_differentiates_twice_and_under_vmap() -> None:
+    module = SparseLinear(EDGES, 5).double()
+    v = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    values = module.weight.detach().clone().requires_grad_()
+
+    def product(values, v):
+        return torch.func.functional_call(module, {"weight": values}, (v,)).square()
+
+    assert torch.autograd.gradcheck(product, (values, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(product, (values, v))
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, x: product(w, x[None]).sum()), in_dims=(None, 0))
+    together = torch.func.grad(lambda w: product(w, v).sum())(values)
+    torch.testing.assert_close(per_sample(values, v).sum(0), together)
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        (torch.tensor([[0, 5], [0, 0]]), "5 x 5"),
+        (torch.tensor([[0, -1], [0, 0]]), "5 x 5"),
+        (torch.tensor([[1, 1], [2, 2]]), "twice"),
+        (torch.tensor([[0.0], [1.0]]), "integer"),
+        (torch.tensor([0, 1]), "integer"),
+    ],
+)
+def test_bad_patterns_are_refused(edges, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseLinear(edges, 5)
+
+
+def test_an_empty_pattern_is_the_zero_map() -> None:
+    module = SparseLinear(torch.zeros(2, 0, dtype=torch.long), 3)
+    assert not module(torch.rand(2, 3)).any()
