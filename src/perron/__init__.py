@@ -2,11 +2,12 @@
 
 from perron import activations, constraints, enclosure, nn, solvers
 from perron.certificates import Certificate, certify
-from perron.solvers import ConvergenceError, ConvergenceWarning, Picard, Solution
+from perron.solvers import Auto, ConvergenceError, ConvergenceWarning, Picard, Solution
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "Certificate",
     "ConvergenceError",
     "ConvergenceWarning",

@@ -13,7 +13,7 @@ from torch import nn
 
 from perron.constraints import Method
 from perron.nn import PositiveConcaveConv2d, PositiveConcaveLinear
-from perron.solvers import Picard
+from perron.solvers import Auto
 
 __all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet"]
 
@@ -61,7 +61,7 @@ class PositiveConcaveLinearNet(nn.Sequential):
                 constraint=constraint,
                 weight_norm=weight_norm,
                 initial_radius=initial_radius,
-                solver=Picard(tol=tol, max_steps=max_steps),
+                solver=Auto(tol=tol, max_steps=max_steps),
             ),
             nn.BatchNorm1d(width),
             nn.Linear(width, classes),
@@ -124,7 +124,7 @@ class PositiveConcaveConvNet(nn.Sequential):
                     constraint=constraint,
                     weight_norm=weight_norm,
                     initial_radius=initial_radius,
-                    solver=Picard(tol=tol, max_steps=max_steps),
+                    solver=Auto(tol=tol, max_steps=max_steps),
                 ),
                 nn.MaxPool2d(3, stride=1, padding=1),
                 nn.BatchNorm2d(width),

@@ -14,7 +14,7 @@ from perron.cells import Chain, Opaque, as_map
 from perron.certificates import Certificate, derive
 from perron.enclosure import check_injection
 from perron.implicit import fixed_point
-from perron.solvers import AdjointSolution, FixedPointProblem, Picard, Solution, Solver
+from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
 
 __all__ = ["Equilibrium", "Injection"]
 
@@ -35,7 +35,7 @@ class Equilibrium(nn.Module):
         cell: the map f; input and output have the shape of the injection.
         injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
             or "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0).
-        solver: default `Picard()`.
+        solver: default `Auto()`.
 
     Shape:
         input and output (batch, ...), floating point.
@@ -59,7 +59,7 @@ class Equilibrium(nn.Module):
             raise ValueError(f"injection must be 'softplus', 'relu' or 'given', got {injection!r}")
         self.cell = cell
         self.injection = injection
-        self.solver: Solver = Picard() if solver is None else solver
+        self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
 
     def forward(self, x: Tensor) -> Tensor:

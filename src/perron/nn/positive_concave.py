@@ -113,7 +113,7 @@ class PositiveConcaveLinear(_PositiveConcave):
         constraint: "square" or "projection", see `perron.constraints.Nonnegative`.
         weight_norm: weight normalisation, as in the paper.
         initial_radius: about the spectral radius of W at initialisation.
-        solver: default `Picard()`.
+        solver: default `Auto()`.
 
     Shape:
         input (batch, in_features), output (batch, features).

@@ -1,5 +1,6 @@
 """Solvers: one file a method, one protocol, one result type."""
 
+from perron.solvers.auto import Auto
 from perron.solvers.base import (
     AdjointSolution,
     ConvergenceError,
@@ -12,6 +13,7 @@ from perron.solvers.picard import Picard
 
 __all__ = [
     "AdjointSolution",
+    "Auto",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointProblem",

@@ -20,7 +20,7 @@ from perron.affine import AFFINE_MODULES, Refusal, affine_step
 from perron.cells import Chain, as_map
 from perron.nn import Equilibrium
 from perron.rounding import gamma
-from perron.solvers import FixedPointProblem, Picard
+from perron.solvers import Auto, FixedPointProblem
 
 __all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
 
@@ -83,7 +83,7 @@ def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
         box = _affine(inner, box)
     # softplus and relu are monotone; both ends are widened by their rounding.
     slack = 64 * gamma(8, DTYPE)
-    solver = Picard(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
+    solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
     ends = [layer.positive(box.lower) * (1 - slack), layer.positive(box.upper) * (1 + slack)]
     low, high = (solver.solve(FixedPointProblem(map.to(DTYPE), b, proven=True)) for b in ends)
     assert low.lower is not None
