@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
-from perron.cells import Chain, Linearization, Map
+from perron.cells import Chain, ChainLinearization, Linearization, Map
 from perron.rounding import gamma, unit_roundoff
+from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver, report_failure
+from perron.solvers.mixing import Mixing
 
 __all__ = ["fixed_point", "solve_adjoint"]
 
@@ -139,7 +141,7 @@ class _Tangent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, z: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor) -> Tensor:
         linear = run.map.linearize(z, injection)
-        w, _, _, converged, residual = _neumann(linear.matvec, v, run.solver, torch.ones_like(v), None)
+        w, _, _, converged, residual = _solve_linear(linear.matvec, v, run.solver, torch.ones_like(v), None)
         report_failure(
             "tangent of the adjoint", converged, residual, run.solver.tol, run.solver.max_steps, run.solver.on_failure
         )
@@ -186,10 +188,32 @@ def _norm(weights: Tensor, t: Tensor) -> Tensor:
     return (weights * t.abs()).flatten(1).sum(1)
 
 
-def _neumann(
-    product: Callable[[Tensor], Tensor], v: Tensor, solver: Solver, weights: Tensor, kappa: Tensor | None
+Advance = Callable[[Tensor, Tensor], Tensor]
+
+
+def _plain(g: Tensor, residual: Tensor) -> Tensor:
+    return g + residual
+
+
+def _accelerated(map: Map, linear: Linearization, v: Tensor) -> Advance:
+    """The next g from g and its residual: aggregation with Anderson mixing where the cell has it, else Neumann's."""
+    model = Aggregation.of(map, v) if isinstance(map, Chain) and v.numel() else None
+    if model is None or not isinstance(linear, ChainLinearization):
+        return _plain
+    slope, mixing = linear.diagonals[-1], Mixing(3)
+    assert slope is not None
+    return lambda g, residual: mixing(g, model.correct_adjoint(slope, residual))
+
+
+def _solve_linear(
+    product: Callable[[Tensor], Tensor],
+    v: Tensor,
+    solver: Solver,
+    weights: Tensor,
+    kappa: Tensor | None,
+    advance: Advance = _plain,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """g <- A g + v until the error, or without kappa the residual, is at most tol relative to g, for every sample.
+    """Solve g = A g + v until the error, or without kappa the residual, is at most tol relative to g, for every sample.
 
     Returns g, the steps, the relative residual, the converged mask, and the relative error estimate used to stop.
     """
@@ -200,18 +224,22 @@ def _neumann(
     active = torch.ones(batch, dtype=torch.bool, device=v.device)
     scale = 1.0 if kappa is None else 1 / (1 - kappa)
     tiny = torch.finfo(v.dtype).tiny
+    every = CHECK_EVERY if advance is _plain else 1
     for k in range(1, solver.max_steps + 1):
         new = product(g) + v
-        if k % CHECK_EVERY == 0 or k == 1 or k == solver.max_steps:
+        if k % every == 0 or k == 1 or k == solver.max_steps:
             size = _norm(weights, new).clamp_min(tiny)
             now = _norm(weights, new - g) / size
+            if advance is not _plain and bool((active & (now > residual)).any()):
+                # Neumann's steps never leave a larger residual: from here on they are the safe ones.
+                advance, every = _plain, CHECK_EVERY
             steps = torch.where(active, k, steps)
             residual = torch.where(active, now, residual)
             active = active & ~(now * scale <= 0.5 * solver.tol) & torch.isfinite(now)
             if not bool(active.any()):
                 g = new
                 break
-        g = new
+        g = new if advance is _plain else advance(g, new - g)
     estimate = residual * scale
     return g, steps, residual, estimate <= solver.tol, estimate
 
@@ -247,7 +275,7 @@ def solve_adjoint(
     *,
     bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, AdjointSolution]:
-    """Solve g = J(z)^T g + v by Neumann steps, and bound the error of g where bounds of the fixed point are given.
+    """Solve g = J(z)^T g + v by Neumann steps or faster ones, and bound the error of g where bounds of the fixed point are given.
 
     Args:
         map: the cell.
@@ -263,7 +291,7 @@ def solve_adjoint(
     linear = map.linearize(z, injection)
     ones = torch.ones_like(v)
     if bounds is None or not isinstance(map, Chain):
-        g, steps, residual, converged, _ = _neumann(linear.rmatvec, v, solver, ones, None)
+        g, steps, residual, converged, _ = _solve_linear(linear.rmatvec, v, solver, ones, None)
         unknown = torch.full_like(residual, math.inf)
         report_failure("adjoint", converged, residual, solver.tol, solver.max_steps, solver.on_failure)
         return g, AdjointSolution(steps, residual, unknown, converged, False)
@@ -271,7 +299,9 @@ def solve_adjoint(
     usable = proof.kappa < 1
     weights = torch.where(per_sample(usable, v), proof.weights.to(v.dtype), ones)
     kappa = torch.where(usable, proof.kappa, 0.0).to(v.dtype)
-    g, steps, residual, converged, _ = _neumann(linear.rmatvec, v, solver, weights, kappa)
+    g, steps, residual, converged, _ = _solve_linear(
+        linear.rmatvec, v, solver, weights, kappa, _accelerated(map, linear, v)
+    )
     bound = proof.error_bound(g, v)
     report_failure("adjoint", converged, residual, solver.tol, solver.max_steps, solver.on_failure)
     certified = bool(torch.isfinite(bound).all())

@@ -23,12 +23,13 @@ from perron.enclosure import Enclosure, Evaluated, prove, relative_error_bound, 
 from perron.rounding import Rounding, unit_roundoff
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import FixedPointProblem, Solution, report_failure
+from perron.solvers.mixing import Mixing
 from perron.solvers.picard import Picard
 
 __all__ = ["Auto"]
 
 # Steps in the working precision before Picard takes over, and proofs tried on what they found.
-_STEPS, _PROOFS = 8, 3
+_STEPS, _PROOFS, _WINDOW = 14, 3, 3
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class _Aggregated:
         """Candidates, how far to push them up for the proof, the last residual ratios, and the evaluations so far."""
         noise = unit_roundoff(self.b.dtype)
         z = self.model.start(Chain(self.chain.steps[:-1]).at_zero(self.b))
+        mixing = Mixing(_WINDOW)
         previous = torch.full((len(z),), math.inf, dtype=z.dtype, device=z.device)
         rate = torch.ones_like(previous)
         for k in range(1, _STEPS + 1):
@@ -132,13 +134,13 @@ class _Aggregated:
             rate = (weighted / previous).clamp(0.02, 1.0) if k > 1 else rate
             previous = weighted
             floor = 4 * noise * amax(fz / self.slack)
-            z = torch.maximum(z + self.model.correct(fz, residual), self.anchor)
+            z = torch.maximum(mixing(z, self.model.correct(fz, residual)), self.anchor)
             rho = 2 * weighted * rate + floor
             # Comparisons with NaN are false: nobody waits for such a sample, nor for one that rounding keeps out.
-            unready = (2 * rho > self.solver.tol) & (2 * floor <= self.solver.tol)
+            unready = (2 * rho > self.solver.tol) & (floor <= self.solver.tol)
             if k > 2:
                 unready &= rho * rate ** (_STEPS - k) <= self.solver.tol
-            if not bool(unready.any()):
+            if not bool(unready.any()) or bool((floor > self.solver.tol).double().mean() > 0.25):
                 break
         return z, rho, rate, k + 1
 
