@@ -21,7 +21,7 @@ from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, Inject, trace
 from perron.certificates import derive
 from perron.nn import Equilibrium
-from perron.solvers import Picard
+from perron.solvers import Auto, Picard
 
 BATCH = 10
 
@@ -79,7 +79,12 @@ def random_problem(generator: torch.Generator, name: str, dtype: torch.dtype) ->
     return Equilibrium(cell), b.to(dtype)
 
 
-def measure(samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 1e-6)) -> dict[str, object]:
+SOLVERS: dict[str, type[Picard]] = {"auto": Auto, "picard": Picard}
+
+
+def measure(
+    samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 1e-6), solver: str = "auto"
+) -> dict[str, object]:
     generator = torch.Generator().manual_seed(seed)
     kinds = [(name, dtype) for name in ACTIVATIONS for dtype in (torch.float32, torch.float64)]
     counts = {"samples": 0, "proven": 0, "misses": 0, "bound_below_error": 0, "not_converged": 0, "refused": 0}
@@ -95,7 +100,7 @@ def measure(samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 
             continue
         truth, error = (t.detach() for t in reference(chain, b))
         tol = tols[(k // len(kinds)) % len(tols)]
-        layer.solver = Picard(tol=tol, max_steps=500, on_failure="ignore")
+        layer.solver = SOLVERS[solver](tol=tol, max_steps=500, on_failure="ignore")
         s = layer.solve(b)
         assert s.lower is not None
         assert s.upper is not None
@@ -112,7 +117,7 @@ def measure(samples: int, seed: int = 0, tols: tuple[float, ...] = (1e-2, 1e-4, 
         tightness[tol].append((s.error_bound / true_error)[known])
         steps[tol].append(s.steps[s.converged].double())
     summary: dict[str, object] = dict(counts)
-    summary["seed"] = seed
+    summary["seed"], summary["solver"] = seed, solver
     summary["bound_over_true_error_median"] = {
         f"{t:g}": round(float(torch.cat(v).median()), 3) for t, v in tightness.items() if v
     }
@@ -124,9 +129,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--solver", choices=sorted(SOLVERS), default="auto")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments.samples, arguments.seed)
+    result = measure(arguments.samples, arguments.seed, solver=arguments.solver)
     print(json.dumps(result, indent=2))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -59,3 +59,9 @@ def test_networks_train_and_are_certified(activation: str) -> None:
 def test_too_small_images() -> None:
     with pytest.raises(ValueError, match="pixels"):
         PositiveConcaveConvNet(1, 10, widths=(3, 4, 5), image_size=8)
+
+
+def test_a_network_can_be_sliced() -> None:
+    net = PositiveConcaveLinearNet(6, width=4).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(net[3:](net[:3](x)), net(x))

@@ -22,11 +22,10 @@ def test_enclosures_hold(problem) -> None:
     assert (solution.error_bound[solution.converged] <= 1e-5).all()
 
 
-def test_soundness_at_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soundness_at_scale() -> None:
     import soundness
 
-    monkeypatch.setattr(soundness, "Picard", Auto)
-    result = soundness.measure(2000, seed=3)
+    result = soundness.measure(2000, seed=3, solver="auto")
     assert result["misses"] == 0
     assert result["bound_below_error"] == 0
     assert result["proven"] == result["samples"]
@@ -102,3 +101,12 @@ def test_convolutions_and_empty_batches() -> None:
     assert solution.certified
     assert solution.converged.all()
     assert layer.solve(torch.randn(0, 3, 7, 6)).value.shape == (0, 4, 7, 6)
+
+
+@pytest.mark.slow
+def test_soundness_on_twenty_thousand() -> None:
+    import soundness
+
+    result = soundness.measure(20_000, seed=4, solver="auto")
+    assert result["misses"] == 0
+    assert result["bound_below_error"] == 0

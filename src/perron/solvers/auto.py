@@ -140,7 +140,7 @@ class _Aggregated:
             unready = (2 * rho > self.solver.tol) & (floor <= self.solver.tol)
             if k > 2:
                 unready &= rho * rate ** (_STEPS - k) <= self.solver.tol
-            if not bool(unready.any()) or bool((floor > self.solver.tol).double().mean() > 0.25):
+            if not bool(unready.any()) or bool((floor > self.solver.tol).double().mean() > 0.5):
                 break
         return z, rho, rate, k + 1
 
