@@ -21,7 +21,7 @@ from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, Inject, trace
 from perron.certificates import derive
 from perron.nn import Equilibrium
-from perron.solvers import Auto, Picard
+from perron.solvers import Anderson, Auto, Broyden, IterativeSolver, MonotoneNewton, Picard
 
 BATCH = 10
 
@@ -79,7 +79,13 @@ def random_problem(generator: torch.Generator, name: str, dtype: torch.dtype) ->
     return Equilibrium(cell), b.to(dtype)
 
 
-SOLVERS: dict[str, type[Picard]] = {"auto": Auto, "picard": Picard}
+SOLVERS: dict[str, type[IterativeSolver]] = {
+    "auto": Auto,
+    "picard": Picard,
+    "anderson": Anderson,
+    "newton": MonotoneNewton,
+    "broyden": Broyden,
+}
 
 
 def measure(

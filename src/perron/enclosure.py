@@ -26,6 +26,7 @@ __all__ = [
     "Enclosure",
     "Evaluated",
     "chord",
+    "observe",
     "prove",
     "prove_around",
     "relative_error_bound",
@@ -109,6 +110,15 @@ def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
     upper = torch.minimum(top, (1 + grow) * high_q) * (1 + 16 * u)
     residual = amax((values.at_q - q).abs() / values.at_q.clamp_min(torch.finfo(p.dtype).tiny))
     return Enclosure(lower, upper, proven, p.dtype, residual)
+
+
+def observe(trial: Evaluated) -> Enclosure:
+    """The bounds of `prove` taken at face value, rounding ignored: nothing is proven by them, whatever `proven` says."""
+    z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
+    t = chord((s - z).clamp_min(0), trial.q - high, 4 * unit_roundoff(z.dtype) * s)
+    lower = (1 - t) * s + t * high
+    residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
+    return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
 
 
 def _needed_scaling(miss: Tensor, at_zero: Tensor) -> Tensor:

@@ -1,22 +1,32 @@
 """Solvers: one file a method, one protocol, one result type."""
 
+from perron.solvers.accelerated import Accelerated
+from perron.solvers.anderson import Anderson
 from perron.solvers.auto import Auto
 from perron.solvers.base import (
     AdjointSolution,
     ConvergenceError,
     ConvergenceWarning,
     FixedPointProblem,
+    IterativeSolver,
     Solution,
     Solver,
 )
+from perron.solvers.broyden import Broyden
+from perron.solvers.newton import MonotoneNewton
 from perron.solvers.picard import Picard
 
 __all__ = [
+    "Accelerated",
     "AdjointSolution",
+    "Anderson",
     "Auto",
+    "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointProblem",
+    "IterativeSolver",
+    "MonotoneNewton",
     "Picard",
     "Solution",
     "Solver",

@@ -31,12 +31,22 @@ class Aggregation:
     total: Tensor
     activation: Activation
 
+    @staticmethod
+    def possible(chain: Chain) -> bool:
+        """Whether a chain has such a model, if it keeps the shape of its state."""
+        activation = chain.last_activation
+        return chain.single and activation is not None and activation.derivative_of_value is not None
+
+    def to(self, dtype: torch.dtype) -> Aggregation:
+        return Aggregation(self.rows.to(dtype), self.columns.to(dtype), self.total.to(dtype), self.activation)
+
     @classmethod
     def of(cls, chain: Chain, state: Tensor) -> Aggregation | None:
         """The model for states shaped like `state`, or None where the chain has none."""
-        activation = chain.last_activation
-        if not chain.single or activation is None or activation.derivative_of_value is None:
+        if not cls.possible(chain):
             return None
+        activation = chain.last_activation
+        assert activation is not None
         ones = torch.ones_like(state[:1])
         image = chain.linear(ones)
         if image.shape != ones.shape:

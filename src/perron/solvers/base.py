@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointProblem",
+    "IterativeSolver",
     "OnFailure",
     "Solution",
     "Solver",
@@ -54,7 +56,7 @@ class AdjointSolution:
 
 @dataclass(frozen=True)
 class Solution:
-    """A fixed point, what is proven of it, and what it cost. Everything but `certified` and `precision` is per sample.
+    """A fixed point, what is proven of it, and what it cost, per sample.
 
     Attributes:
         value: (batch, ...) the returned point.
@@ -64,8 +66,8 @@ class Solution:
         error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none.
         rate: (batch,) the last residual ratio, an estimate (no proof) of the spectral radius of the Jacobian.
         converged: (batch,) whether the tolerance was reached.
-        certified: every sample has an enclosure proven with rounding accounted for.
-        precision: dtype of the arithmetic that proved it, or None.
+        proven: (batch,) whether the enclosure is proven, rounding accounted for.
+        precision: dtype of the arithmetic that proved enclosures, or None where no proof was wanted or possible.
         stopping: "enclosure" (certified error) or "residual".
         adjoint: filled in by the backward pass.
     """
@@ -78,13 +80,27 @@ class Solution:
     error_bound: Tensor
     rate: Tensor
     converged: Tensor
-    certified: bool
+    proven: Tensor
     precision: torch.dtype | None
     stopping: Literal["enclosure", "residual"]
     adjoint: AdjointSolution | None = None
 
+    @property
+    def certified(self) -> bool:
+        """Whether the enclosure of every sample is proven; waits for the device."""
+        return self.precision is not None and bool(self.proven.all())
+
     def detach(self) -> Solution:
         return replace(self, value=self.value.detach())
+
+    def merged(self, rest: Solution, index: Tensor) -> Solution:
+        """The samples of `index` taken from `rest`, which went on from here: its evaluations are added."""
+        parts: dict[str, Any] = {"steps": self.steps.index_add(0, index, rest.steps)}
+        for name in ("value", "lower", "upper", "residual", "error_bound", "rate", "converged", "proven"):
+            old, new = getattr(self, name), getattr(rest, name)
+            if old is not None:
+                parts[name] = old.index_copy(0, index, new.to(old.dtype))
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,97 @@ class Solver(Protocol):
     @property
     def on_failure(self) -> OnFailure: ...
 
-    def solve(self, problem: FixedPointProblem) -> Solution: ...
+    def solve(self, problem: FixedPointProblem, z0: Tensor | None = None) -> Solution:
+        """Solve for the whole batch; samples do not influence each other.
+
+        Args:
+            problem: f and the injections.
+            z0: a first guess, shaped like the injection; it may change the cost but not what is proven.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class IterativeSolver(ABC):
+    """What all solvers of this package share: their options, and that failure is never silent.
+
+    Args:
+        tol: tolerance on the entrywise relative error; certified where the cell is, else on the relative residual.
+        max_steps: at most this many evaluations of f per sample; an enclosure takes at least three, and where rounding
+            is in the way of a proof, a few more are spent on it.
+        stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
+            "residual" always by residual, without extrapolation.
+        verify: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
+            None solves in the precision of the layer, and nothing is certified.
+        on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
+        steps: None, or exactly so many evaluations of f, at least 3, proof included: nothing in the solve then waits for
+            the device (with on_failure="ignore"), and `error_bound` says what was reached.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    tol: float = 1e-4
+    max_steps: int = 200
+    stop: str = "auto"
+    verify: torch.dtype | None = torch.float64
+    on_failure: OnFailure = "warn"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.tol < 1):
+            raise ValueError(f"tol must be in (0, 1), got {self.tol}")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.stop not in ("auto", "residual"):
+            raise ValueError(f"stop must be 'auto' or 'residual', got {self.stop!r}")
+        if self.verify not in (None, torch.float32, torch.float64):
+            raise ValueError(f"verify must be torch.float64, torch.float32 or None, got {self.verify}")
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}")
+        if self.steps is not None and self.steps < 3:
+            raise ValueError(f"steps must be at least 3 (the proof is one of them), got {self.steps}")
+
+    @torch.no_grad()
+    def solve(self, problem: FixedPointProblem, z0: Tensor | None = None) -> Solution:
+        """Solve for the whole batch; samples do not influence each other.
+
+        Args:
+            problem: f and the injections.
+            z0: a first guess, shaped like the injection; it may change the cost but not what is proven.
+
+        Raises:
+            ValueError: z0 or f(z) has another shape than the injection.
+            ConvergenceError: some sample did not reach the tolerance and `on_failure` is "raise".
+        """
+        if z0 is not None:
+            if z0.shape != problem.injection.shape:
+                raise ValueError(f"z0 has shape {tuple(z0.shape)}, the injection {tuple(problem.injection.shape)}")
+            z0 = z0.detach().to(problem.injection)
+        solution = self._solve(problem, z0)
+        measure = solution.error_bound if solution.stopping == "enclosure" else solution.residual
+        report_failure(type(self).__name__, solution.converged, measure, self.tol, self.limit, self.on_failure)
+        return solution
+
+    @abstractmethod
+    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution: ...
+
+    @property
+    def limit(self) -> int:
+        """Evaluations of f that a sample may take."""
+        return self.max_steps if self.steps is None else self.steps
+
+    def encloses(self, problem: FixedPointProblem) -> bool:
+        """Whether this solve is to end with an enclosure."""
+        return problem.proven and self.stop == "auto"
+
+    def proof_dtype(self, problem: FixedPointProblem) -> torch.dtype:
+        """The precision of the enclosure: never coarser than the layer, and one whose sums can be bounded."""
+        assert isinstance(problem.map, Chain)
+        dtype = problem.injection.dtype
+        if self.verify is None or dtype == torch.float64:
+            return dtype
+        return self.verify if problem.map.to(self.verify).plainly() is not None else torch.float64
 
 
 def report_failure(

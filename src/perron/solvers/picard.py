@@ -20,86 +20,36 @@ from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
 from perron.cells import Chain
-from perron.enclosure import Enclosure, Evaluated, chord, prove, prove_around, relative_error_bound, round_outward
+from perron.enclosure import (
+    Enclosure,
+    Evaluated,
+    chord,
+    observe,
+    prove,
+    prove_around,
+    relative_error_bound,
+    round_outward,
+)
 from perron.rounding import unit_roundoff
-from perron.solvers.base import FixedPointProblem, OnFailure, Solution, report_failure
+from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.iteration import solve_by_residual
 
 __all__ = ["Picard"]
 
 
 @dataclass(frozen=True)
-class Picard:
-    """Picard iteration z <- f(z) from z = 0.
+class Picard(IterativeSolver):
+    """Picard iteration z <- f(z), from z = 0 or from a multiple of z0 that is proven to lie below the fixed point.
 
     Args:
-        tol: tolerance on the entrywise relative error; certified where the cell is, else on the relative residual.
-        max_steps: at most this many evaluations of f per sample; an enclosure takes at least three, and where rounding
-            is in the way of a proof, a few more are spent on it.
-        stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
-            "residual" always by residual, without extrapolation.
-        verify: precision of the solve and its proof, float64 (default) or float32 (only where its sums can be bounded,
-            else float64); None solves in the precision of the layer, and nothing is certified.
-        on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
-
-    Raises:
-        ValueError: an option is out of range.
+        tol, max_steps, stop, verify, on_failure, steps: as in every solver. The iteration itself runs in the precision
+            of the proof.
     """
 
-    tol: float = 1e-4
-    max_steps: int = 200
-    stop: str = "auto"
-    verify: torch.dtype | None = torch.float64
-    on_failure: OnFailure = "warn"
-
-    def __post_init__(self) -> None:
-        if not (0 < self.tol < 1):
-            raise ValueError(f"tol must be in (0, 1), got {self.tol}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.stop not in ("auto", "residual"):
-            raise ValueError(f"stop must be 'auto' or 'residual', got {self.stop!r}")
-        if self.verify not in (None, torch.float32, torch.float64):
-            raise ValueError(f"verify must be torch.float64, torch.float32 or None, got {self.verify}")
-        if self.on_failure not in ("warn", "raise", "ignore"):
-            raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}")
-
-    @torch.no_grad()
-    def solve(self, problem: FixedPointProblem) -> Solution:
-        """Solve for the whole batch; samples do not influence each other."""
-        enclosing = problem.proven and self.stop == "auto"
-        solution = _Enclosing(self, problem).run() if enclosing else _by_residual(self, problem)
-        measure = solution.error_bound if solution.stopping == "enclosure" else solution.residual
-        report_failure(type(self).__name__, solution.converged, measure, self.tol, self.max_steps, self.on_failure)
-        return solution
-
-
-def _by_residual(solver: Picard, problem: FixedPointProblem) -> Solution:
-    b = problem.injection
-    z = torch.zeros_like(b)
-    batch = len(b)
-    steps = torch.zeros(batch, dtype=torch.long, device=b.device)
-    residual = b.new_full((batch,), math.inf)
-    rate = b.new_zeros(batch)
-    active = torch.ones(batch, dtype=torch.bool, device=b.device)
-    for _ in range(solver.max_steps if batch else 0):
-        new = problem(z)
-        if new.shape != z.shape:
-            raise ValueError(
-                f"the cell maps shape {tuple(z.shape)} to {tuple(new.shape)}; a fixed point needs equal shapes"
-            )
-        difference = amax((new - z).abs())
-        scale = amax(new.abs()).clamp_min(torch.finfo(new.dtype).tiny)
-        now = difference / scale
-        rate = torch.where(active, now / residual, rate)
-        residual = torch.where(active, now, residual)
-        z = torch.where(per_sample(active, z), new, z)
-        steps += active
-        active = active & ~(now <= solver.tol) & torch.isfinite(now)
-        if not bool(active.any()):
-            break
-    converged = (residual <= solver.tol) if z.numel() else torch.ones_like(active)
-    unknown = torch.full_like(residual, math.inf)
-    return Solution(z, None, None, steps, residual, unknown, rate, converged, False, None, "residual")
+    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        if self.encloses(problem):
+            return _Enclosing(self, problem).run(z0)
+        return solve_by_residual(self, problem, None, z0)
 
 
 class _Enclosing:
@@ -108,14 +58,10 @@ class _Enclosing:
     def __init__(self, solver: Picard, problem: FixedPointProblem) -> None:
         assert isinstance(problem.map, Chain)
         b = problem.injection
-        precision = solver.verify
-        if precision is not None and problem.map.to(precision).plainly() is None:
-            precision = torch.float64
         self.solver = solver
         self.working = b.dtype
-        # Never coarser than the layer.
-        self.dtype = b.dtype if precision is None or b.dtype == torch.float64 else precision
-        self.proving = precision is not None
+        self.dtype = solver.proof_dtype(problem)
+        self.proving = solver.verify is not None
         self.problem = problem.to(self.dtype)
         if self.proving:
             plain = self.problem.map.plainly()  # type: ignore[union-attr]
@@ -132,15 +78,15 @@ class _Enclosing:
         self.rate = self.lower.new_zeros(batch)
         self.proven = torch.zeros(batch, dtype=torch.bool, device=b.device)
 
-    def run(self) -> Solution:
+    def run(self, z0: Tensor | None) -> Solution:
         finite = all_finite(self.problem.injection)
-        index = finite.nonzero().flatten()
-        if index.numel():
-            self._iterate(index)
+        if self.solver.steps is not None:
+            self._take(self.solver.steps, z0)
+        elif (index := finite.nonzero().flatten()).numel():
+            self._iterate(index, z0)
         middle = torch.where(self.upper.isinf(), self.lower, (self.lower + self.upper) / 2).to(self.working)
         value = torch.where(per_sample(finite, middle), middle, torch.nan)
         bound = torch.where(self.proven, relative_error_bound(value, self.lower, self.upper), math.inf)
-        certified = self.proving and bool(self.proven.all())
         lower, upper = round_outward(self.lower, self.upper, self.working)
         return Solution(
             value,
@@ -151,20 +97,51 @@ class _Enclosing:
             bound,
             self.rate,
             (bound <= self.solver.tol) & finite,
-            certified,
-            self.dtype if certified else None,
+            self.proven & self.proving,
+            self.dtype if self.proving else None,
             "enclosure",
         )
 
-    def _iterate(self, index: Tensor) -> None:
+    def _start(self, problem: FixedPointProblem, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        """f(0), a point below the fixed point, f there, and the evaluations so far."""
+        zero = torch.zeros_like(problem.injection)
+        at_zero = _checked(problem, zero)
+        if z0 is None:
+            return at_zero, zero, at_zero, 1
+        z0 = torch.where(z0.isfinite(), z0, 0.0).to(self.dtype).clamp_min(0)
+        # f(t z0) >= t f(z0) + (1 - t) f(0) >= t z0 for this t.
+        low = at_zero * (1 - 2 * self.rounding.relative)
+        t = chord(low, (z0 - problem(z0) * (1 - 2 * self.rounding.relative)).clamp_min(0))
+        z = t * z0
+        return at_zero, z, problem(z), 3
+
+    def _take(self, steps: int, z0: Tensor | None) -> None:
+        """Exactly so many evaluations, the proof included, without waiting for the device."""
+        at_zero, z, s, taken = self._start(self.problem, z0)
+        p = z
+        for _ in range(max(steps - 1 - taken, 1)):
+            p, z, s = z, s, self.problem(s)
+        q, _, r, _ = _extrapolate(p, z, s, self.map.supremum, 4 * unit_roundoff(self.dtype))  # type: ignore[union-attr]
+        # Where nothing bounds the rest, the last point still stands, unproven.
+        q = torch.where(per_sample(r < 1, q), q, s)
+        trial = Evaluated(at_zero, z, s, q, self.problem(q))
+        self._keep(prove(trial, self.rounding) if self.proving else observe(trial), slice(None))
+        self.steps += max(steps, taken + 2)
+        self.rate = r
+
+    def _keep(self, found: Enclosure, where: Tensor | slice) -> None:
+        self.residual[where] = found.residual
+        self.proven[where] = found.proven
+        mask = per_sample(found.proven, found.lower)
+        self.lower[where] = torch.where(mask, found.lower, 0.0)
+        self.upper[where] = torch.where(mask, found.upper, math.inf)
+
+    def _iterate(self, index: Tensor, z0: Tensor | None) -> None:
         """Iterate the samples of `index` until each is done, or at the end of its steps."""
         problem = self.problem.select(index)
-        z = torch.zeros_like(problem.injection)
-        s = _checked(problem, z)
-        at_zero = s
+        at_zero, z, s, steps = self._start(problem, None if z0 is None else z0[index])
         # How much of the tolerance the predicted width may take; halved for a sample whose proof missed it.
         share = torch.ones_like(z.flatten(1)[:, :1].sum(1))
-        steps = 1
         while True:
             p, z, s = z, s, problem(s)
             steps += 1
@@ -202,18 +179,14 @@ class _Enclosing:
         sub = problem.select(chosen)
         trial = Evaluated(*(getattr(trial, f.name)[chosen] for f in fields(Evaluated)))
         trial = replace(trial, at_q=sub(trial.q))
-        found = prove(trial, self.rounding) if self.proving else _observe(trial)
+        found = prove(trial, self.rounding) if self.proving else observe(trial)
         if self.proving:
             # Standing still, an iterate can be better than what its proof could make of it.
             hard = ~self._accepted(found) & (still[chosen] | ~found.proven) & all_finite(trial.at_p)
             found = self._prove_harder(sub, found, trial.at_p, hard.nonzero().flatten())
         self.steps[where] = steps + found.evaluations
         self.rate[where] = r[chosen]
-        self.residual[where] = found.residual
-        self.proven[where] = found.proven
-        mask = per_sample(found.proven, found.lower)
-        self.lower[where] = torch.where(mask, found.lower, 0.0)
-        self.upper[where] = torch.where(mask, found.upper, math.inf)
+        self._keep(found, where)
         done = torch.zeros_like(finish)
         done[chosen] = self._accepted(found)
         return done
@@ -242,15 +215,6 @@ class _Enclosing:
         return replace(
             found, lower=lower, upper=upper, proven=proven, residual=residual, evaluations=around.evaluations
         )
-
-
-def _observe(trial: Evaluated) -> Enclosure:
-    """The same bounds taken at face value, rounding ignored: nothing is proven by them."""
-    z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
-    t = chord((s - z).clamp_min(0), trial.q - high, 4 * unit_roundoff(z.dtype) * s)
-    lower = (1 - t) * s + t * high
-    residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
-    return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
 
 
 def _checked(problem: FixedPointProblem, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perron.certificates import certify, spectral_radius_bound
-from perron.solvers import Picard
+from perron.solvers import IterativeSolver
 from perron.training.module import equilibrium_layers
 
 __all__ = ["evaluate"]
@@ -26,7 +26,7 @@ def _solvers(model: nn.Module, **changes: Any) -> Any:
     before = [layer.solver for layer in layers]
     try:
         for layer in layers:
-            if isinstance(layer.solver, Picard):
+            if isinstance(layer.solver, IterativeSolver):
                 layer.solver = replace(layer.solver, **changes)
         yield
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from perron.nn import Equilibrium
-from perron.solvers import Picard
+from perron.solvers import IterativeSolver
 
 __all__ = ["Classifier", "equilibrium_layers"]
 
@@ -58,7 +58,7 @@ class Classifier(L.LightningModule):
 
     def _verify_in(self, dtype: torch.dtype | None) -> None:
         for _, layer in equilibrium_layers(self.model):
-            if isinstance(layer.solver, Picard):
+            if isinstance(layer.solver, IterativeSolver):
                 layer.solver = replace(layer.solver, verify=dtype)
 
     def on_train_epoch_start(self) -> None:

@@ -1,0 +1,281 @@
+"""What Anderson, Newton, Broyden and aggregation share: fast steps in the layer's precision, then a proof.
+
+The proof needs one evaluation beyond the steps, and one crude one at p = f(0) in any precision. By concavity
+
+    f(z + rho (2 z - p)) - (z + rho (2 z - p)) <= (1 + 2 rho)(f(z) - z) + rho (p - f(p) - f(0))
+
+so q = z + rho (2 z - p) is an upper bound as soon as f(z) - z <= rho f(p) entrywise, up to rounding and second order;
+whether it is one, f(q) decides. The lower bound is the chord from p/2 to q, since f(p/2) >= (f(p) + f(0))/2 > p/2.
+
+Samples that rounding keeps from a proof take their steps in the precision of the proof; Picard, whose every step is a
+proof, gets what is left then.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perron._batch import all_finite, amax, per_sample
+from perron.cells import Chain
+from perron.enclosure import Enclosure, Evaluated, observe, prove, relative_error_bound, round_outward
+from perron.rounding import Rounding, unit_roundoff
+from perron.solvers.aggregation import Aggregation
+from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.iteration import Found, Method, Rule, iterate, solve_by_residual
+from perron.solvers.picard import Picard
+
+__all__ = ["Accelerated", "Origin"]
+
+# Proofs tried on what the steps found, each from the exact residual that the one before has left; and searches in the
+# precision of the proof for samples that are not proven yet.
+_PROOFS, _SEARCHES = 3, 2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a solve begins: p = f(0) and f(p), (batch, ...) each, and the rank-one model of the cell, if it has one."""
+
+    p: Tensor
+    at_p: Tensor
+    model: Aggregation | None
+
+
+@dataclass(frozen=True)
+class Accelerated(IterativeSolver):
+    """A solver that takes the steps of `method` and proves what they found.
+
+    Args:
+        precision: dtype of the steps before the proof, for instance torch.bfloat16; None for that of the layer.
+    """
+
+    precision: torch.dtype | None = None
+
+    @abstractmethod
+    def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
+        """A method for this problem, and where it starts. Without `origin` nothing is known of f."""
+
+    def patience(self, evaluations: int) -> int:
+        """Steps that a method may take before the proof, of so many evaluations that are left."""
+        return evaluations
+
+    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        if not (self.encloses(problem) and problem.injection.numel() and self.limit >= 4):
+            return self._observe(problem, z0)
+        found = _Proving(self, problem, z0).run()
+        left = None if self.steps is not None else (~found.converged).nonzero().flatten()
+        if left is not None and left.numel():
+            budget = max(self.limit - int(found.steps.max()), 1)
+            picard = Picard(self.tol, budget, self.stop, self.verify, "ignore")
+            found = found.merged(picard.solve(problem.select(left)), left)
+        return found
+
+    def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        """Without enclosure: stop by residual."""
+        if not problem.injection.numel():
+            return solve_by_residual(self, problem, None, z0)
+        method, start = self.method(problem, None)
+        return solve_by_residual(self, problem, method, start if z0 is None else z0)
+
+
+class _Proving:
+    """One solve: results of full size, filled in as samples are proven."""
+
+    def __init__(self, solver: Accelerated, problem: FixedPointProblem, z0: Tensor | None) -> None:
+        self.solver, self.problem, self.z0 = solver, problem, z0
+        self.b = problem.injection
+        self.dtype = solver.proof_dtype(problem)
+        self.exact = problem.to(self.dtype)
+        self.proving = solver.verify is not None
+        if self.proving:
+            assert isinstance(self.exact.map, Chain)
+            plain = self.exact.map.plainly()
+            assert plain is not None, "the precision was chosen for its plain sums"
+            self.exact = replace(self.exact, map=plain)
+        self.chain: Chain = self.exact.map  # type: ignore[assignment]
+        self.rounding = self.chain.rounding(self.dtype)
+        self.low = problem.to(solver.precision or self.b.dtype)
+        self.origin, self.slack = self._evaluate_origin()
+        self.steps = torch.ones(len(self.b), dtype=torch.long, device=self.b.device)
+
+    def _evaluate_origin(self) -> tuple[Origin, Tensor]:
+        """f at p = f(0), and from it p/2 with a proven lower bound of f(p/2) in the precision of the proof."""
+        chain, b = self.low.map, self.low.injection
+        assert isinstance(chain, Chain)
+        p = chain.at_zero(b)
+        plain = chain.plainly() if self.proving else chain
+        if plain is None:
+            at_p, rounding = self.chain(p.to(self.dtype), self.exact.injection), self.rounding
+        else:
+            at_p, rounding = plain(p, b), plain.rounding(b.dtype)
+        self.at_zero = self.chain.at_zero(self.exact.injection)
+        self.low_point = p.to(self.dtype) / 2
+        # f(p/2) >= (f(p) + f(0))/2; `prove` takes its own margin from f(0) and from the sum.
+        self.at_low_point = (_below(at_p.to(self.dtype), rounding) + _below(self.at_zero, self.rounding)) / 2
+        slack = at_p.to(b.dtype).clamp_min(torch.finfo(b.dtype).tiny)
+        return Origin(p, at_p.to(b.dtype), Aggregation.of(chain, p)), slack
+
+    def run(self) -> Solution:
+        tol = self.solver.tol
+        found = self._search(self.low, self.origin, self.slack, self.z0, tol)
+        best, rho = self._prove_all(self._nothing(), found, None)
+        rate, candidate = found.rate.to(self.dtype), found.candidate.to(self.dtype)
+        for _ in range(_SEARCHES if self.solver.steps is None else 0):
+            left = (~self._accepted(best) & all_finite(self.b)).nonzero().flatten()
+            if not left.numel():
+                break
+            # An enclosure that came out too wide is in proportion to rho.
+            bound = relative_error_bound(best.upper, best.lower, best.upper)[left]
+            goal = torch.where(best.proven[left], rho[left] * tol / bound, tol).clamp(1e-3 * tol, tol)
+            found = self._search_again(left, candidate, 0.5 * goal)
+            best, again = self._prove_all(best, found, left)
+            rho, rate = rho.index_copy(0, left, again), rate.index_copy(0, left, found.rate.to(self.dtype))
+            candidate = candidate.index_copy(0, left, found.candidate)
+        return self._solution(best, rate)
+
+    def _search(
+        self, problem: FixedPointProblem, origin: Origin, slack: Tensor, z0: Tensor | None, goal: float | Tensor
+    ) -> Found:
+        method, start = self.solver.method(problem, origin)
+        if z0 is not None:
+            start = torch.maximum(z0.to(origin.p), origin.p)
+        fixed = self.solver.steps is not None
+        left = self.solver.limit - 2 if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
+        found = iterate(problem, _Above(method, origin.p), start, Rule(goal, slack, True, max(left, 1), fixed))
+        self._count(found.steps)
+        return found
+
+    def _search_again(self, left: Tensor, candidate: Tensor, goal: Tensor) -> Found:
+        """The samples of `left`, from where they are, in the precision of the proof."""
+        model = self.origin.model
+        origin = Origin(
+            self.at_zero[left],
+            self.origin.at_p[left].to(self.dtype),
+            None if model is None else model.to(self.dtype),
+        )
+        start = candidate[left]
+        start = torch.where(per_sample(all_finite(start), start), start, origin.at_p)
+        before, self.steps = self.steps, torch.zeros_like(self.steps[left])
+        found = self._search(self.exact.select(left), origin, self.slack[left].to(self.dtype), start, goal)
+        self.steps = before.index_add(0, left, self.steps)
+        return found
+
+    def _count(self, evaluations: Tensor | int) -> None:
+        self.steps = self.steps + evaluations
+
+    def _nothing(self) -> Enclosure:
+        lower = torch.zeros_like(self.exact.injection)
+        unproven = torch.zeros(len(lower), dtype=torch.bool, device=lower.device)
+        return Enclosure(lower, lower + math.inf, unproven, self.dtype, lower.new_full((len(lower),), math.inf))
+
+    def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None) -> tuple[Enclosure, Tensor]:
+        """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho."""
+        where = torch.arange(len(self.b), device=self.b.device) if index is None else index
+        floor = 4 * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
+        first = rho = (2 * found.measure * found.rate + floor).to(self.dtype)
+        z, rate = found.candidate.to(self.dtype), found.rate.to(self.dtype)
+        if self.solver.steps is not None:
+            self._count(1)
+            return self._prove(None, z, rho)[0], rho
+        promising = (rho <= self.solver.tol).nonzero().flatten()
+        whole = index is None and len(promising) == len(self.b)
+        if not whole:
+            where, z, rho, rate = where[promising], z[promising], rho[promising], rate[promising]
+        for _ in range(_PROOFS if len(where) else 0):
+            proof, at_q, q = self._prove(None if whole else where, z, rho)
+            self.steps = self.steps.index_add(0, where, torch.ones_like(where))
+            best = proof if whole else _put(best, proof, where)
+            z, closer = self._closer(where, q, at_q, rate)
+            # Once more only where the correction promises much; the others need more steps first.
+            keep = (~self._accepted(proof) & (closer < 0.5 * rho)).nonzero().flatten()
+            if not keep.numel():
+                break
+            whole = False
+            where, z, rho, rate = where[keep], z[keep], closer[keep], rate[keep]
+        return best, first
+
+    def _closer(self, where: Tensor, q: Tensor, at_q: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates and how far to push them up, from the exact residual that a failed proof has left."""
+        residual = at_q - q
+        model = self.origin.model
+        step = residual if model is None else model.to(self.dtype).correct(at_q, residual)
+        slack = self.slack[where].to(self.dtype)
+        # Comparisons with NaN are false: such a sample is not tried again.
+        rho = amax(residual.abs() / slack) * rate + 64 * unit_roundoff(self.dtype) * amax(at_q / slack)
+        return torch.maximum(q + step, self.at_zero[where]), rho
+
+    def _prove(self, index: Tensor | None, z: Tensor, rho: Tensor) -> tuple[Enclosure, Tensor, Tensor]:
+        """Evaluate f a little above the candidates, and enclose; also returns f(q) and q."""
+
+        def pick(t: Tensor) -> Tensor:
+            return t if index is None else t[index]
+
+        q = z + per_sample(rho, z) * (2 * z - pick(self.at_zero))
+        at_q = self.chain(q, pick(self.exact.injection))
+        trial = Evaluated(pick(self.at_zero), pick(self.low_point), pick(self.at_low_point), q, at_q)
+        return prove(trial, self.rounding) if self.proving else observe(trial), at_q, q
+
+    def _accepted(self, found: Enclosure) -> Tensor:
+        middle = ((found.lower + found.upper) / 2).to(self.b.dtype)
+        return found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
+
+    def _solution(self, found: Enclosure, rate: Tensor) -> Solution:
+        held = found.proven & all_finite(self.b)
+        middle = ((found.lower + found.upper) / 2).to(self.b.dtype)
+        mask = per_sample(held, middle)
+        value = torch.where(mask, middle, torch.nan)
+        low = torch.where(mask, found.lower, 0.0)
+        high = torch.where(mask, found.upper, math.inf)
+        bound = torch.where(held, relative_error_bound(value, low, high), math.inf)
+        lower, upper = round_outward(low, high, self.b.dtype)
+        return Solution(
+            value,
+            lower,
+            upper,
+            self.steps,
+            found.residual,
+            bound,
+            rate,
+            bound <= self.solver.tol,
+            held & self.proving,
+            self.dtype if self.proving else None,
+            "enclosure",
+        )
+
+
+class _Above:
+    """A method whose points stay above p = f(0), as the fixed point does."""
+
+    def __init__(self, method: Method, p: Tensor) -> None:
+        self.method, self.p = method, p
+
+    @property
+    def products(self) -> int:
+        return self.method.products
+
+    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+        return torch.maximum(self.method.advance(z, fz), self.p)
+
+    def select(self, index: Tensor) -> _Above:
+        return _Above(self.method.select(index), self.p[index])
+
+    def forget(self, mask: Tensor) -> None:
+        self.method.forget(mask)
+
+
+def _below(value: Tensor, rounding: Rounding) -> Tensor:
+    """A lower bound of what was computed as `value` with that rounding; `value` in the precision of the proof."""
+    return (value * (1 - rounding.relative) * (1 - 8 * unit_roundoff(value.dtype)) - 2 * rounding.absolute).clamp_min(0)
+
+
+def _put(old: Enclosure, new: Enclosure, index: Tensor) -> Enclosure:
+    """`old` with the samples of `index` replaced."""
+    parts = {
+        name: getattr(old, name).index_copy(0, index, getattr(new, name))
+        for name in ("lower", "upper", "proven", "residual")
+    }
+    return replace(old, **parts)

@@ -1,0 +1,244 @@
+"""The loop that all accelerated methods share: evaluate f, measure the residual, let the method choose the next point.
+
+Samples that are done leave the batch. The host looks at the device only at steps foreseen from the observed rate. A
+point whose residual has grown is not trusted: its sample goes back to f of the best point so far, which is Picard's
+next iterate from there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from perron._batch import amax, per_sample
+from perron.rounding import unit_roundoff
+from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+
+__all__ = ["Found", "Method", "Rule", "iterate", "solve_by_residual"]
+
+# A sample's own rate is believed between these; and at most so many steps without a look at the device.
+_RATES, _BLIND = (0.02, 1.0), 8
+
+
+class Method(Protocol):
+    """Chooses the next point from z and f(z); may remember earlier ones.
+
+    Attributes:
+        products: with the Jacobian that the last `advance` took; they count as evaluations.
+    """
+
+    @property
+    def products(self) -> int: ...
+
+    def advance(self, z: Tensor, fz: Tensor) -> Tensor: ...
+
+    def select(self, index: Tensor) -> Method:
+        """The method for these samples of the batch only."""
+        ...
+
+    def forget(self, mask: Tensor) -> None:
+        """Drop what was remembered of the samples where `mask` holds."""
+        ...
+
+
+@dataclass
+class Found:
+    """Where the iteration ended, per sample.
+
+    Attributes:
+        z, value: the last point where f was evaluated, and f there.
+        candidate: the point that the method would have gone to.
+        measure: of the residual f(z) - z.
+        rate: the last ratio of two measures.
+        steps: (batch,) evaluations.
+    """
+
+    z: Tensor
+    value: Tensor
+    candidate: Tensor
+    measure: Tensor
+    rate: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How residuals are measured and when to stop.
+
+    Attributes:
+        tol: the measure to reach, a number or (batch,).
+        slack: (batch, ...) what the residual is divided by, entrywise; None for the largest entry of f(z).
+        ahead: judge the candidate, expected `rate` times closer than z, rather than z; and give up on samples which
+            rounding or their rate keep from getting there.
+        limit: at most this many steps.
+        fixed: take all of them, and never look.
+        safeguard: go back where a residual has grown.
+    """
+
+    tol: float | Tensor
+    slack: Tensor | None
+    ahead: bool
+    limit: int
+    fixed: bool = False
+    safeguard: bool = True
+
+    def measure(self, fz: Tensor, residual: Tensor) -> Tensor:
+        if self.slack is None:
+            return amax(residual.abs()) / amax(fz.abs()).clamp_min(torch.finfo(fz.dtype).tiny)
+        return amax(residual.abs() / self.slack)
+
+    def floor(self, fz: Tensor) -> Tensor:
+        """(batch,) what rounding adds to the measure."""
+        assert self.slack is not None
+        return 4 * unit_roundoff(fz.dtype) * amax(fz / self.slack)
+
+    def select(self, index: Tensor) -> Rule:
+        tol = self.tol[index] if isinstance(self.tol, Tensor) else self.tol
+        return replace(self, tol=tol, slack=None if self.slack is None else self.slack[index])
+
+
+def iterate(problem: FixedPointProblem, method: Method, z: Tensor, rule: Rule) -> Found:
+    """Run the method from z on all samples, each until `rule` is met or hopeless."""
+    loop = _Loop(problem, method, z, rule)
+    for k in range(1, rule.limit + 1):
+        loop.step(k)
+        if k == rule.limit or (not rule.fixed and k >= loop.next_look and loop.look(k)):
+            break
+    return loop.finish()
+
+
+def solve_by_residual(
+    solver: IterativeSolver, problem: FixedPointProblem, method: Method | None, z0: Tensor | None
+) -> Solution:
+    """Iterate from z0, or zero, until |f(z) - z| <= tol |f(z)| in the largest entry; without a method, Picard's steps."""
+    b = problem.injection
+    z = torch.zeros_like(b) if z0 is None else z0
+    batch = len(b)
+    fixed = solver.steps is not None
+    if b.numel():
+        rule = Rule(solver.tol, None, False, solver.limit, fixed, safeguard=method is not None)
+        found = iterate(problem, _Plain() if method is None else method, z, rule)
+    else:
+        none = b.new_zeros(batch)
+        found = Found(z, problem(z), z, none, none, torch.zeros(batch, dtype=torch.long, device=b.device))
+    unproven = torch.zeros(batch, dtype=torch.bool, device=b.device)
+    return Solution(
+        found.value,
+        None,
+        None,
+        found.steps,
+        found.measure,
+        torch.full_like(found.measure, math.inf),
+        found.rate,
+        found.measure <= solver.tol,
+        unproven,
+        None,
+        "residual",
+    )
+
+
+class _Plain:
+    """Picard's steps."""
+
+    products = 0
+
+    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+        return fz
+
+    def select(self, index: Tensor) -> _Plain:
+        return self
+
+    def forget(self, mask: Tensor) -> None:
+        pass
+
+
+class _Loop:
+    """The samples still running, and the results of the others."""
+
+    def __init__(self, problem: FixedPointProblem, method: Method, z: Tensor, rule: Rule) -> None:
+        self.problem, self.method, self.z, self.rule = problem, method, z, rule
+        batch = len(z)
+        self.index: Tensor | None = None
+        self.result: Found | None = None
+        self.fz = self.best = z
+        self.measure = torch.full((batch,), math.inf, dtype=z.dtype, device=z.device)
+        self.least = self.measure
+        self.rate = torch.ones_like(self.measure)
+        self.steps = torch.zeros(batch, dtype=torch.long, device=z.device)
+        self.plain = torch.ones(batch, dtype=torch.bool, device=z.device)
+        self.candidate = z
+        self.next_look = 1
+
+    def step(self, k: int) -> None:
+        z = self.candidate
+        fz = self.problem(z)
+        if k == 1 and fz.shape != z.shape:
+            raise ValueError(
+                f"the cell maps shape {tuple(z.shape)} to {tuple(fz.shape)}; a fixed point needs equal shapes"
+            )
+        measure = self.rule.measure(fz, fz - z)
+        # A sample that is done stands still between two looks, so that its steps say what it needed.
+        self.rate = (measure / self.measure).clamp(*_RATES) if k > 1 else self.rate
+        back = (measure > self.least) & ~self.plain
+        self.z, self.fz, self.measure = z, fz, measure
+        candidate = self.method.advance(z, fz)
+        if k > 1 and self.rule.safeguard:
+            mask = per_sample(back, z)
+            candidate = torch.where(mask, self.best, candidate)
+            self.method.forget(back)
+            fz = torch.where(mask, self.best, fz)
+        self.best, self.least, self.plain = fz, torch.minimum(measure, self.least), back
+        self.candidate = candidate
+        self.steps = self.steps + 1 + self.method.products
+
+    def look(self, k: int) -> bool:
+        """Whether all are done; decides when to look again, and lets go of samples that are done."""
+        measure = self.measure
+        if self.rule.ahead:
+            floor = self.rule.floor(self.fz)
+            measure = 2 * self.measure * self.rate + floor
+            # Comparisons with NaN are false: nobody waits for such a sample, nor for one that rounding keeps out.
+            running = (2 * measure > self.rule.tol) & (floor <= self.rule.tol)
+            if k > 2:
+                running &= measure * self.rate ** (self.rule.limit - k) <= self.rule.tol
+        else:
+            running = (measure > self.rule.tol) & measure.isfinite()
+        wanted = (self.rule.tol / measure.clamp_min(torch.finfo(measure.dtype).tiny)).log()
+        wanted = wanted / (1.1 * self.rate.clamp_max(0.999).log())
+        wanted = torch.where(running, wanted, 0.0).amax() if k > 1 else measure.new_ones(())
+        count, foreseen = torch.stack([running.sum().to(measure.dtype), wanted]).tolist()
+        if count == 0:
+            return True
+        self.next_look = k + min(max(1, int(foreseen)), _BLIND)
+        if count <= len(running) / 2:
+            self._keep(running)
+        return False
+
+    def _keep(self, running: Tensor) -> None:
+        self._store()
+        keep = running.nonzero().flatten()
+        self.index = keep if self.index is None else self.index[keep]
+        self.problem, self.method, self.rule = (
+            self.problem.select(keep),
+            self.method.select(keep),
+            self.rule.select(keep),
+        )
+        for name in ("z", "fz", "best", "measure", "least", "rate", "steps", "plain", "candidate"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def _store(self) -> None:
+        now = Found(self.z, self.fz, self.candidate, self.measure, self.rate, self.steps)
+        if self.index is None or self.result is None:
+            self.result = now
+            return
+        for name, value in vars(now).items():
+            setattr(self.result, name, getattr(self.result, name).index_copy(0, self.index, value))
+
+    def finish(self) -> Found:
+        self._store()
+        assert self.result is not None
+        return self.result
