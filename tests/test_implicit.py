@@ -10,6 +10,7 @@ from torch import nn
 from perron.cells import trace
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
+from perron.solvers.aggregation import Aggregation
 from problems import dense_layer, dense_problems, truth
 
 EXACT = Picard(tol=1e-11, max_steps=2000)
@@ -98,7 +99,7 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
     assert (error < 1e-2).all()
     # g = D^-1 found, where D is not flat; the bound is in a weighted norm, so test it through a bound for every norm.
     g = torch.where(at_value > 1e-6, found / at_value, exact)
-    from perron.implicit import solve_adjoint
+    from perron.solvers.adjoint import solve_adjoint
 
     g, report = solve_adjoint(
         chain,
@@ -108,9 +109,11 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
         layer.solver,
         bounds=(layer.last_solution.lower, layer.last_solution.upper),
     )
-    from perron.implicit import _AdjointProof, _norm
+    from perron.solvers.adjoint import _norm, _Proof
 
-    weights = _AdjointProof(chain, b.detach(), (layer.last_solution.lower, layer.last_solution.upper)).weights
+    weights = _Proof(
+        chain, b.detach(), (layer.last_solution.lower, layer.last_solution.upper), Aggregation.of(chain, b.detach())
+    ).weights
     true = _norm(weights, g - exact) / _norm(weights, g)
     proven = report.error_bound.isfinite()
     assert (true[proven] <= report.error_bound[proven] * (1 + 1e-9) + 1e-12).all()

@@ -71,11 +71,8 @@ class AffineStep(ABC):
         return replace(self, weights=tuple(tensors[:count]), bias=None if self.bias is None else tensors[count])
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of <y, A v + c> for `tensors`."""
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in self.weights]
-            output = self.rebind([*leaves, *([] if self.bias is None else [self.bias])]).linear(v.detach())
-            found = torch.autograd.grad(output, leaves, y) if leaves else ()
+        """Gradients of <y, A v + c> for `tensors`; differentiable."""
+        found = torch.func.vjp(lambda *w: replace(self, weights=w).linear(v), *self.weights)[1](y)
         return (*found, *self._bias_gradient(y))
 
     def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -264,9 +261,7 @@ class ConvolutionStep(AffineStep):
 
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
         if isinstance(self.padding, str):
-            with torch.enable_grad():
-                v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
-                return torch.autograd.grad(self.linear(v), v, g)[0]
+            return torch.func.vjp(self.linear, g.new_zeros((g.shape[0], *shape[1:])))[1](g)[0]
         transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel) - 1]
         extra = [
             n + 2 * p - d * (k - 1) - 1 - (m - 1) * s
@@ -282,15 +277,12 @@ class ConvolutionStep(AffineStep):
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.padding, str):
-            return replace(self, unfolded=False)._generic_gradients(v, y)
+            return super().gradients(v, y)
         gradient: Any = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[
             len(self.kernel) - 1
         ]
         of_weight = gradient(v, self.weights[0].shape, y, self.stride, self.padding, self.dilation, self.groups)
         return (of_weight, *self._bias_gradient(y))
-
-    def _generic_gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return super().gradients(v, y)
 
     def plainly(self) -> AffineStep | None:
         if super().plainly() is None:
@@ -329,9 +321,10 @@ class PoolStep(AffineStep):
         return self.pool(v)
 
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
-        with torch.enable_grad():
-            v = g.new_zeros((g.shape[0], *shape[1:]), requires_grad=True)
-            return torch.autograd.grad(self.pool(v), v, g)[0]
+        return torch.func.vjp(self.pool, g.new_zeros((g.shape[0], *shape[1:])))[1](g)[0]
+
+    def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
     def row_sums(self) -> Tensor:
         return torch.ones(())

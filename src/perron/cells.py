@@ -210,6 +210,47 @@ class Chain:
                 absolute = 2 * absolute + tiny
         return Rounding(relative, absolute)
 
+    def linearize_at_fixed_point(self, value: Tensor, side: Side | None = None) -> ChainLinearization | None:
+        """J at a fixed point, from its value without evaluating f: where f = sigma(A z + ...) with one affine step.
+
+        Its entries are accurate in comparison with sigma'(0), not each by itself. With `side` the diagonal is an upper
+        or lower bound of the one at every fixed point above or below `value`.
+        """
+        activation = self.last_activation
+        if not self.single or len(self.affine) != 1 or activation is None or activation.derivative_of_value is None:
+            return None
+        diagonal = activation.derivative_of_value(value)
+        if side is not None:
+            error = activation.ulps * unit_roundoff(value.dtype) * activation.slope_at_zero
+            diagonal = (diagonal + error if side == "upper" else diagonal - error).clamp_min(0)
+        rest = len(self.steps) - 1
+        return ChainLinearization(self.steps, (value.shape,) * (rest + 1), (*[None] * rest, diagonal))
+
+    def pullback(
+        self, z: Tensor, injection: Tensor, g: Tensor, needed: Sequence[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of <g, f(z; b)> for b and `tensors`, where needed; differentiable."""
+        needed = [True] * (1 + len(self.tensors)) if needed is None else needed
+        inputs = [z]
+        for step in self.steps[:-1]:
+            inputs.append(step(inputs[-1], injection) if isinstance(step, InjectStep) else step(inputs[-1]))
+        of_tensors: list[Tensor | None] = []
+        of_injection: Tensor | None = None
+        for k in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[k]
+            if isinstance(step, ActivationStep):
+                # From the argument, not from the value: where sigma saturates only that has any digits.
+                g = g * step.activation.derivative(inputs[k])
+            elif isinstance(step, InjectStep):
+                of_injection = g if needed[0] else None
+            else:
+                wanted = needed[1 + len(self.tensors) - len(of_tensors) - len(step.tensors) :][: len(step.tensors)]
+                found = step.gradients(inputs[k], g) if any(wanted) else [None] * len(wanted)
+                of_tensors = [*(t if n else None for t, n in zip(found, wanted, strict=True)), *of_tensors]
+                if any(isinstance(s, AffineStep | InjectStep) for s in self.steps[:k]):
+                    g = step.transpose(g, inputs[k].shape)
+        return (of_injection, *of_tensors)
+
     def linearize(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
         """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included."""
         dtype = z.dtype
@@ -241,6 +282,16 @@ class ChainLinearization:
     steps: tuple[Step, ...]
     shapes: tuple[torch.Size, ...]
     diagonals: tuple[Tensor | None, ...]
+
+    def select(self, index: Tensor) -> ChainLinearization:
+        """J of these samples only."""
+        return replace(self, diagonals=tuple(None if d is None else d[index] for d in self.diagonals))
+
+    @property
+    def slope(self) -> Tensor:
+        """The diagonal of the activation at the end."""
+        assert self.diagonals[-1] is not None
+        return self.diagonals[-1]
 
     def matvec(self, w: Tensor) -> Tensor:
         for step, diagonal in zip(self.steps, self.diagonals, strict=True):
@@ -276,16 +327,18 @@ class Opaque:
     @classmethod
     def of(cls, module: nn.Module) -> Opaque:
         parameters = dict(module.named_parameters())
-        # Clones: a solve must not count as many batches in a running average as it takes steps.
-        buffers = {k: v.clone() for k, v in module.named_buffers()}
-        return cls(module, tuple(parameters), tuple(parameters.values()), buffers)
+        return cls(module, tuple(parameters), tuple(parameters.values()), dict(module.named_buffers()))
 
     def rebind(self, tensors: Sequence[Tensor]) -> Opaque:
         return replace(self, tensors=tuple(tensors))
 
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers to call the module with."""
+        # Clones: a solve must not count as many batches in a running average as it takes steps.
+        return {**dict(zip(self.names, self.tensors, strict=True)), **{k: v.clone() for k, v in self.buffers.items()}}
+
     def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
-        state = {**dict(zip(self.names, self.tensors, strict=True)), **self.buffers}
-        return torch.func.functional_call(self.module, state, (z, injection))
+        return torch.func.functional_call(self.module, self.state(), (z, injection))
 
     def linearize(self, z: Tensor, injection: Tensor) -> OpaqueLinearization:
         with torch.enable_grad():
@@ -375,10 +428,8 @@ class _InjectedOpaque(Opaque):
     """A Sequential with `Inject` inside it and some step that could not be read."""
 
     def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
-        state = {**dict(zip(self.names, self.tensors, strict=True)), **self.buffers}
-        return torch.func.functional_call(
-            _WithInjection(self.module), {f"cell.{k}": v for k, v in state.items()}, (z, injection)
-        )
+        state = {f"cell.{k}": v for k, v in self.state().items()}
+        return torch.func.functional_call(_WithInjection(self.module), state, (z, injection))
 
 
 class _WithInjection(nn.Module):

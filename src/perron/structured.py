@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perron._batch import VmapInfo, fold_vmap
+from perron._batch import VmapInfo, fold_vmap, refuse_nested_forward_mode
 
 __all__ = ["DiagonalLowRank", "SparseLinear", "SparsePattern"]
 
@@ -141,6 +141,7 @@ class _Sampled(torch.autograd.Function):
 
 def sparse_product(pattern: SparsePattern, values: Tensor, v: Tensor) -> Tensor:
     """v W^T, (batch, columns) -> (batch, rows)."""
+    refuse_nested_forward_mode()
     return _Product.apply(pattern, values, v)
 
 

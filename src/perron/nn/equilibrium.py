@@ -18,6 +18,9 @@ from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, S
 
 __all__ = ["Equilibrium", "Injection"]
 
+# A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
+_fixed_point = torch.compiler.disable(fixed_point)
+
 Injection = Literal["softplus", "relu", "given"]
 
 SOFTPLUS_BETA = 5.0
@@ -36,6 +39,8 @@ class Equilibrium(nn.Module):
         injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
             or "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0).
         solver: default `Auto()`.
+        warm_start: 0, or how much of the moving average of fixed points is kept in a training step; solves then start
+            from that average.
 
     Shape:
         input and output (batch, ...), floating point.
@@ -53,31 +58,59 @@ class Equilibrium(nn.Module):
     (True, True)
     """
 
-    def __init__(self, cell: nn.Module, *, injection: Injection = "given", solver: Solver | None = None) -> None:
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        *,
+        injection: Injection = "given",
+        solver: Solver | None = None,
+        warm_start: float = 0.0,
+    ) -> None:
         super().__init__()
+        if not 0 <= warm_start < 1:
+            raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
         if injection not in ("softplus", "relu", "given"):
             raise ValueError(f"injection must be 'softplus', 'relu' or 'given', got {injection!r}")
         self.cell = cell
         self.injection = injection
         self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
+        self.warm_start = warm_start
+        # A guess, not a part of the model: it is neither saved nor does it change what is proven.
+        self.register_buffer("mean", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The fixed point, (batch, ...), with its implicit gradient."""
+    def forward(self, x: Tensor, *, z0: Tensor | None = None) -> Tensor:
+        """The fixed point, (batch, ...), with its implicit derivatives.
+
+        Args:
+            x: (batch, ...) the input.
+            z0: (batch, ...) a first guess, for instance the value for a similar input; it saves steps at best.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            problem, dtype = self._problem(x)
-            value, solution = fixed_point(problem, self.solver, on_adjoint=_Recorder(self))
-            self._count_batch(problem, value)
-        self.last_solution = solution
+            b, map, reason, dtype = self._read(x)
+            value, solution = _fixed_point(
+                map,
+                b,
+                self.solver,
+                prove=lambda m, v: self._prove(m, reason, v),
+                z0=self._guess(b, z0),
+                on_adjoint=_Recorder(self),
+            )
+            self._count_batch(map, b, value)
+        self._remember(solution)
         return value.to(dtype)
 
     @torch.no_grad()
-    def solve(self, x: Tensor) -> Solution:
+    def solve(self, x: Tensor, *, z0: Tensor | None = None) -> Solution:
         """The whole Solution, without gradient."""
         with torch.autocast(x.device.type, enabled=False):
-            problem, _ = self._problem(x)
-            solution = self.solver.solve(problem)
-        self.last_solution = solution
+            b, map, reason, _ = self._read(x)
+            problem = FixedPointProblem(map, b, self._prove(map, reason, b))
+            z0 = self._guess(b, z0)
+            solution = self.solver.solve(problem) if z0 is None else self.solver.solve(problem, z0)
+        self._remember(solution)
         return solution
 
     def certificate(self) -> Certificate:
@@ -128,25 +161,47 @@ class Equilibrium(nn.Module):
             return certificate, False
         return derive(map, positive_injection=True), True
 
-    def _problem(self, x: Tensor) -> tuple[FixedPointProblem, torch.dtype]:
+    def _read(self, x: Tensor) -> tuple[Tensor, Chain | Opaque, str | None, torch.dtype]:
+        """The injection, the map in the precision of the solve, why it could not be read, and the layer's precision."""
         b = self.injected(x)
-        working = b.dtype
         map, reason = as_map(self.cell)
-        dtype = self._parameter_dtype() or working
-        if dtype != working:
-            map = map.rebind([t.to(working) for t in map.tensors])
-        with torch.no_grad():
-            certificate, positive = self.derive(map, reason)
-            if certificate and self.injection == "given":
-                check_injection(b, positive=positive)
-        return FixedPointProblem(map, b, bool(certificate)), dtype
+        dtype = self._parameter_dtype() or b.dtype
+        if dtype != b.dtype:
+            map = map.rebind([t.to(b.dtype) for t in map.tensors])
+        return b, map, reason, dtype
 
-    def _count_batch(self, problem: FixedPointProblem, value: Tensor) -> None:
+    @torch.no_grad()
+    def _prove(self, map: Chain | Opaque, reason: str | None, b: Tensor) -> bool:
+        """Whether the certificate holds for this map; raises if a given injection is not in its domain."""
+        certificate, positive = self.derive(map, reason)
+        if certificate and self.injection == "given":
+            check_injection(b, positive=positive)
+        return bool(certificate)
+
+    def _guess(self, b: Tensor, z0: Tensor | None) -> Tensor | None:
+        if z0 is not None:
+            return z0.detach().to(b)
+        if self.mean is None or self.mean.shape != b.shape[1:]:
+            return None
+        return self.mean.to(b).expand_as(b)
+
+    def _remember(self, solution: Solution) -> None:
+        self.last_solution = solution
+        if not (self.training and self.warm_start and len(solution.value)):
+            return
+        value = solution.value.detach()[solution.converged]
+        if len(value):
+            new = value.mean(0)
+            old = self.mean
+            same = old is not None and old.shape == new.shape
+            self.mean = torch.lerp(new, old.to(new), self.warm_start) if same and old is not None else new
+
+    def _count_batch(self, map: Chain | Opaque, b: Tensor, value: Tensor) -> None:
         """Let running averages inside an unverified cell see this batch once, at the fixed point."""
-        if self.training and isinstance(problem.map, Opaque) and problem.map.buffers:
+        if self.training and isinstance(map, Opaque) and map.buffers:
             with torch.no_grad():
-                live = replace(problem.map, buffers={})
-                live(value.detach(), problem.injection.detach())
+                live = replace(map, buffers={})
+                live(value.detach(), b.detach())
 
     def __getstate__(self) -> dict[str, Any]:
         # The last Solution is for inspection only; copies and files do without it.

@@ -175,7 +175,9 @@ class _Proving:
     def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None) -> tuple[Enclosure, Tensor]:
         """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho."""
         where = torch.arange(len(self.b), device=self.b.device) if index is None else index
-        floor = 4 * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
+        # With one attempt only, the margin for rounding is a generous one.
+        margin = 4 if self.solver.steps is None else 16
+        floor = margin * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
         first = rho = (2 * found.measure * found.rate + floor).to(self.dtype)
         z, rate = found.candidate.to(self.dtype), found.rate.to(self.dtype)
         if self.solver.steps is not None:
@@ -256,6 +258,10 @@ class _Above:
     @property
     def products(self) -> int:
         return self.method.products
+
+    @property
+    def trust(self) -> float:
+        return self.method.trust
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
         return torch.maximum(self.method.advance(z, fz), self.p)

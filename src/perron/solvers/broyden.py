@@ -16,7 +16,7 @@ __all__ = ["Broyden"]
 
 @dataclass(frozen=True)
 class Broyden(Accelerated):
-    """Broyden's first ("good") method (Broyden 1965), safeguarded as `Anderson` is.
+    """Broyden's first ("good") method (Broyden 1965), safeguarded against residuals that grow tenfold.
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
@@ -43,7 +43,8 @@ class Broyden(Accelerated):
 class _InverseJacobian:
     """H = I + sum_k u_k v_k^T, near (I - J)^{-1}; the step is H (f(z) - z)."""
 
-    products = 0
+    # Broyden's residuals rise before they fall: 2 n steps solve a linear system of n equations, not fewer.
+    products, trust = 0, 10.0
 
     def __init__(self, memory: int) -> None:
         self.memory = memory

@@ -1,8 +1,8 @@
 """The loop that all accelerated methods share: evaluate f, measure the residual, let the method choose the next point.
 
 Samples that are done leave the batch. The host looks at the device only at steps foreseen from the observed rate. A
-point whose residual has grown is not trusted: its sample goes back to f of the best point so far, which is Picard's
-next iterate from there.
+point whose residual has grown beyond the method's trust is taken back: its sample goes to f of the best point so far,
+which is Picard's next iterate from there.
 """
 
 from __future__ import annotations
@@ -24,12 +24,24 @@ __all__ = ["Found", "Method", "Rule", "iterate", "solve_by_residual"]
 _RATES, _BLIND = (0.02, 1.0), 8
 
 
+class Iterated(Protocol):
+    """A map of batches: a fixed point problem, or a linear equation."""
+
+    def __call__(self, z: Tensor, /) -> Tensor: ...
+
+    def select(self, index: Tensor) -> Iterated: ...
+
+
 class Method(Protocol):
     """Chooses the next point from z and f(z); may remember earlier ones.
 
     Attributes:
         products: with the Jacobian that the last `advance` took; they count as evaluations.
+        trust: how far the residual may grow over the least one before the point is taken back.
     """
+
+    @property
+    def trust(self) -> float: ...
 
     @property
     def products(self) -> int: ...
@@ -76,7 +88,8 @@ class Rule:
             rounding or their rate keep from getting there.
         limit: at most this many steps.
         fixed: take all of them, and never look.
-        safeguard: go back where a residual has grown.
+        weights: (batch, ...) or None: measure sum_i w_i |residual_i| / sum_i w_i |f(z)_i| instead.
+        compact: let samples that are done leave the batch.
     """
 
     tol: float | Tensor
@@ -84,24 +97,31 @@ class Rule:
     ahead: bool
     limit: int
     fixed: bool = False
-    safeguard: bool = True
+    weights: Tensor | None = None
+    compact: bool = True
 
     def measure(self, fz: Tensor, residual: Tensor) -> Tensor:
+        if self.weights is not None:
+            w = self.weights.flatten(1)
+            size = torch.linalg.vecdot(w, fz.flatten(1).abs()).clamp_min(torch.finfo(fz.dtype).tiny)
+            return torch.linalg.vecdot(w, residual.flatten(1).abs()) / size
         if self.slack is None:
             return amax(residual.abs()) / amax(fz.abs()).clamp_min(torch.finfo(fz.dtype).tiny)
         return amax(residual.abs() / self.slack)
 
     def floor(self, fz: Tensor) -> Tensor:
         """(batch,) what rounding adds to the measure."""
-        assert self.slack is not None
+        if self.slack is None:
+            return fz.new_full((len(fz),), 4 * unit_roundoff(fz.dtype))
         return 4 * unit_roundoff(fz.dtype) * amax(fz / self.slack)
 
     def select(self, index: Tensor) -> Rule:
         tol = self.tol[index] if isinstance(self.tol, Tensor) else self.tol
-        return replace(self, tol=tol, slack=None if self.slack is None else self.slack[index])
+        slack, weights = (None if t is None else t[index] for t in (self.slack, self.weights))
+        return replace(self, tol=tol, slack=slack, weights=weights)
 
 
-def iterate(problem: FixedPointProblem, method: Method, z: Tensor, rule: Rule) -> Found:
+def iterate(problem: Iterated, method: Method, z: Tensor, rule: Rule) -> Found:
     """Run the method from z on all samples, each until `rule` is met or hopeless."""
     loop = _Loop(problem, method, z, rule)
     for k in range(1, rule.limit + 1):
@@ -120,7 +140,7 @@ def solve_by_residual(
     batch = len(b)
     fixed = solver.steps is not None
     if b.numel():
-        rule = Rule(solver.tol, None, False, solver.limit, fixed, safeguard=method is not None)
+        rule = Rule(solver.tol, None, False, solver.limit, fixed)
         found = iterate(problem, _Plain() if method is None else method, z, rule)
     else:
         none = b.new_zeros(batch)
@@ -144,7 +164,7 @@ def solve_by_residual(
 class _Plain:
     """Picard's steps."""
 
-    products = 0
+    products, trust = 0, math.inf
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
         return fz
@@ -159,7 +179,7 @@ class _Plain:
 class _Loop:
     """The samples still running, and the results of the others."""
 
-    def __init__(self, problem: FixedPointProblem, method: Method, z: Tensor, rule: Rule) -> None:
+    def __init__(self, problem: Iterated, method: Method, z: Tensor, rule: Rule) -> None:
         self.problem, self.method, self.z, self.rule = problem, method, z, rule
         batch = len(z)
         self.index: Tensor | None = None
@@ -181,12 +201,13 @@ class _Loop:
                 f"the cell maps shape {tuple(z.shape)} to {tuple(fz.shape)}; a fixed point needs equal shapes"
             )
         measure = self.rule.measure(fz, fz - z)
-        # A sample that is done stands still between two looks, so that its steps say what it needed.
-        self.rate = (measure / self.measure).clamp(*_RATES) if k > 1 else self.rate
-        back = (measure > self.least) & ~self.plain
+        if k > 1:
+            # A residual can be exactly zero; 0/0 must not become NaN.
+            self.rate = (measure / self.measure.clamp_min(torch.finfo(measure.dtype).tiny)).clamp(*_RATES)
+        back = (measure > self.method.trust * self.least) & ~self.plain
         self.z, self.fz, self.measure = z, fz, measure
         candidate = self.method.advance(z, fz)
-        if k > 1 and self.rule.safeguard:
+        if k > 1 and self.method.trust < math.inf:
             mask = per_sample(back, z)
             candidate = torch.where(mask, self.best, candidate)
             self.method.forget(back)
@@ -214,7 +235,7 @@ class _Loop:
         if count == 0:
             return True
         self.next_look = k + min(max(1, int(foreseen)), _BLIND)
-        if count <= len(running) / 2:
+        if self.rule.compact and count <= len(running) / 2:
             self._keep(running)
         return False
 

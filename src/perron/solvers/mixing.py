@@ -72,7 +72,7 @@ class Mixing:
 class Mixed:
     """The method z -> f(z), corrected by the rank-one model where there is one, and mixed."""
 
-    products = 0
+    products, trust = 0, 1.0
 
     def __init__(self, model: Aggregation | None, mixing: Mixing) -> None:
         self.model, self.mixing = model, mixing

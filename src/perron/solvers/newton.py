@@ -86,7 +86,7 @@ class MonotoneNewton(Accelerated):
 class _Batched:
     """(I - D A)^{-1} for every sample."""
 
-    products = 0
+    products, trust = 0, 1.0
 
     def __init__(self, matrix: Tensor, model: Aggregation) -> None:
         self.matrix, self.model = matrix, model
@@ -107,7 +107,7 @@ class _Batched:
 class _Chord:
     """One factorisation for the batch, at the mean of D in the first step; mixing makes up for the difference."""
 
-    products = 0
+    products, trust = 0, 1.0
 
     def __init__(self, matrix: Tensor, model: Aggregation) -> None:
         self.matrix, self.model, self.mixing = matrix, model, Mixing(3)
@@ -133,6 +133,8 @@ class _Chord:
 
 class _Krylov:
     """Generalised conjugate residuals (mixing of a linear iteration is just that), preconditioned by the rank-one model."""
+
+    trust = 1.0
 
     def __init__(self, problem: FixedPointProblem, model: Aggregation | None) -> None:
         self.problem, self.model = problem, model

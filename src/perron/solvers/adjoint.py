@@ -1,0 +1,251 @@
+"""The linear equations at a fixed point, g = J^T g + v and w = J w + v, and a bound on the error of g.
+
+They are fixed point problems themselves, so the loop of the accelerated methods solves them: generalised conjugate
+residuals (mixing of a linear iteration is just that), on the aggregated residual where the cell has a rank-one model.
+
+The bound (theory: J >= 0 and J falls as z grows). For any w > 0 with `J(lower) w <= kappa w`, kappa < 1, the exact
+Jacobian J* satisfies the same, so J*^T is a contraction in the norm `||g||_w = sum_i w_i |g_i|` with factor kappa. With
+J any matrix between J(upper) and J(lower), c any candidate and g = J^T c + v,
+
+    ||g - g*||_w <= (kappa ||g - c||_w + sum_i s_i |c_i|)/(1 - kappa),   s = (J(lower) - J(upper)) w.
+
+So the last product, in float64, both proves the candidate and improves on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perron._batch import all_finite, amax, per_sample
+from perron.cells import Chain, ChainLinearization, Linearization, Map
+from perron.rounding import gamma, unit_roundoff
+from perron.solvers.aggregation import Aggregation
+from perron.solvers.base import AdjointSolution, Solver, report_failure
+from perron.solvers.iteration import Found, Rule, iterate
+from perron.solvers.mixing import Mixing
+
+__all__ = ["solve_adjoint", "solve_tangent"]
+
+_WINDOW = 5
+# Power steps for the weights: at most so many; the first vector whose kappa is this close to what it can become serves.
+_POWER_STEPS, _GOOD = 6, 0.7
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """g -> J^T g + v, or w -> J w + v, as a map to iterate."""
+
+    jacobian: Linearization
+    v: Tensor
+    transposed: bool
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return (self.jacobian.rmatvec(g) if self.transposed else self.jacobian.matvec(g)) + self.v
+
+    def select(self, index: Tensor) -> _Linear:
+        assert isinstance(self.jacobian, ChainLinearization)
+        return replace(self, jacobian=self.jacobian.select(index), v=self.v[index])
+
+
+class _Mixed:
+    """Mixing of the adjoint's residuals, corrected by the rank-one model where there is one."""
+
+    products, trust = 0, 1.0
+
+    def __init__(self, model: Aggregation | None, slope: Tensor | None, mixing: Mixing) -> None:
+        self.model, self.slope, self.mixing = model, slope, mixing
+
+    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+        residual = fz - z
+        if self.model is None or self.slope is None:
+            return self.mixing(z, residual)
+        return self.mixing(z, self.model.correct_adjoint(self.slope, residual))
+
+    def select(self, index: Tensor) -> _Mixed:
+        slope = None if self.slope is None else self.slope[index]
+        return _Mixed(self.model, slope, self.mixing.select(index))
+
+    def forget(self, mask: Tensor) -> None:
+        self.mixing.forget(mask)
+
+
+def _norm(weights: Tensor, t: Tensor) -> Tensor:
+    """(batch,) sum_i w_i |t_i|."""
+    return torch.linalg.vecdot(weights.flatten(1), t.flatten(1).abs())
+
+
+@torch.no_grad()
+def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Solver) -> Tensor:
+    """w = (I - J)^{-1} v at z, (batch, ...), to the solver's tolerance on the relative residual."""
+    jacobian = _linearized(map, z, injection)
+    found = _iterate(_Linear(jacobian, v, False), None, None, Rule(solver.tol, None, False, solver.max_steps))
+    _report("tangent", found.measure, solver)
+    return found.value
+
+
+@torch.no_grad()
+def solve_adjoint(
+    map: Map,
+    z: Tensor,
+    injection: Tensor,
+    v: Tensor,
+    solver: Solver,
+    *,
+    bounds: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, AdjointSolution]:
+    """Solve g = J(z)^T g + v, and bound the error of g where bounds of the fixed point are given.
+
+    Args:
+        map: the cell.
+        z: (batch, ...) the fixed point.
+        injection: (batch, ...) b.
+        v: (batch, ...) the incoming gradient.
+        solver: its tol (relative), max_steps and on_failure.
+        bounds: proven lower and upper bounds of the fixed point.
+
+    Returns:
+        (g, AdjointSolution).
+    """
+    if not v.numel():
+        none = v.new_zeros(len(v))
+        return v, AdjointSolution(none.long(), none, none, none == 0, False)
+    jacobian = _linearized(map, z, injection)
+    problem = _Linear(jacobian, v, True)
+    model, slope = None, None
+    if isinstance(map, Chain) and isinstance(jacobian, ChainLinearization):
+        model = Aggregation.of(map, z)
+        slope = None if model is None else jacobian.slope
+    if bounds is None or not isinstance(map, Chain):
+        found = _iterate(problem, model, slope, Rule(solver.tol, None, False, solver.max_steps))
+        converged = _report("adjoint", found.measure, solver)
+        unknown = torch.full_like(found.measure, math.inf)
+        return found.value, AdjointSolution(found.steps, found.measure, unknown, converged, False)
+    proof = _Proof(map, injection, bounds, model)
+    weights, kappa = proof.weights.to(v.dtype), proof.kappa.clamp_max(0.999).to(v.dtype)
+    # Where no kappa was found the plain sum of entries serves to stop.
+    weights = torch.where(per_sample(proof.kappa < 1, v), weights, 1.0)
+    goal = 0.5 * solver.tol * torch.where(proof.kappa < 1, 1 - kappa, 1.0)
+    rule = Rule(goal, None, True, max(solver.max_steps - 1, 1), weights=weights)
+    found = _iterate(problem, model, slope, rule)
+    g, residual, bound = proof.finish(z, found.candidate, v)
+    measure = residual / torch.where(proof.kappa < 1, 1 - kappa, 1.0)
+    report = AdjointSolution(
+        found.steps + 1,
+        residual,
+        bound,
+        _report("adjoint", measure, solver),
+        bool(torch.isfinite(bound).all()),
+    )
+    return g.to(v.dtype), report
+
+
+def _linearized(map: Map, z: Tensor, injection: Tensor) -> Linearization:
+    """J at the fixed point z, from its value alone where the cell allows it."""
+    found = map.linearize_at_fixed_point(z) if isinstance(map, Chain) else None
+    return map.linearize(z, injection) if found is None else found
+
+
+def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, rule: Rule) -> Found:
+    # An operator known only through automatic differentiation acts on the whole batch.
+    rule = replace(rule, compact=isinstance(problem.jacobian, ChainLinearization))
+    return iterate(problem, _Mixed(model, slope, Mixing(_WINDOW)), problem.v, rule)
+
+
+def _report(what: str, measure: Tensor, solver: Solver) -> Tensor:
+    converged = measure <= solver.tol
+    report_failure(what, converged, measure, solver.tol, solver.max_steps, solver.on_failure)
+    return converged
+
+
+class _Proof:
+    """The weighted norm in which J*^T contracts, and the error bound in it, rounding included."""
+
+    def __init__(
+        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], model: Aggregation | None
+    ) -> None:
+        self.exact = chain.to(torch.float64)
+        self.injection = injection
+        count = sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps)
+        lower, upper = bounds
+        # The weights need three digits; a float32 product gives them if its sums are plain.
+        plain = chain.plainly()
+        by_value = chain.linearize_at_fixed_point(lower, "upper") if plain is not None else None
+        if by_value is not None and plain is not None:
+            steep = replace(by_value, steps=plain.steps)
+            self.rounding = 4 * gamma(count, lower.dtype)
+        else:
+            steep = self.exact.linearize(lower.double(), injection.double(), "upper")
+            self.rounding = 4 * gamma(count, torch.float64)
+        start = lower.to(lower.dtype if by_value is not None else torch.float64)
+        if model is not None and by_value is not None:
+            # The Perron vector of D r c^T.
+            start = steep.slope * model.rows.view_as(lower[:1])
+        weights, image, kappa = _weights(steep, start, self.rounding)
+        self.weights, self.kappa = weights.double(), kappa.double()
+        self.spread = self._spread(lower.double(), upper.double(), image.double(), by_value is not None)
+        self.exact_rounding = 4 * gamma(count, torch.float64)
+
+    def _spread(self, lower: Tensor, upper: Tensor, image: Tensor, by_value: bool) -> Tensor:
+        """At least (J(lower) - J(upper)) w, given J(lower) w."""
+        image = image * (1 + self.rounding)
+        if by_value:
+            # J = D A: the difference of the diagonals is exact enough, and needs no product.
+            steep = self.exact.linearize_at_fixed_point(lower, "upper")
+            flat = self.exact.linearize_at_fixed_point(upper, "lower")
+            assert steep is not None
+            assert flat is not None
+            return image * torch.where(steep.slope > 0, (steep.slope - flat.slope) / steep.slope, 0.0) * (1 + 1e-12)
+        flat = self.exact.linearize(upper, self.injection.double(), "lower")
+        return (image - flat.matvec(self.weights) * (1 - self.rounding)).clamp_min(0)
+
+    def finish(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """g, the candidate improved by one product; (batch,) its residual, and the bound on ||g - g*||_w / ||g||_w."""
+        c, v, dtype = candidate.double(), v.double(), v.dtype
+        g = _linearized(self.exact, z.double(), self.injection.double()).rmatvec(c) + v
+        norm, size = _norm(self.weights, g), _norm(self.weights, c)
+        residual = _norm(self.weights, g - c)
+        entries = g[0].numel()
+        total = self.kappa * residual + torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
+        noise = self.exact_rounding * (size + norm + _norm(self.weights, v)) + torch.where(
+            norm > 0, 1e-290 * entries, 0.0
+        )
+        bound = (total + noise) / (1 - self.kappa) / norm
+        # The returned g is rounded to the precision of v; the last factor is for the norms themselves.
+        bound = (bound + unit_roundoff(dtype)) * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
+        bound = torch.where((norm == 0) & (total == 0), 0.0, bound)
+        proven = (self.kappa < 1) & all_finite(g) & torch.isfinite(bound)
+        relative = torch.where(norm > 0, residual / norm, residual)
+        return g, relative.to(dtype), torch.where(proven, bound, math.inf)
+
+
+def _weights(steep: ChainLinearization, start: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+    """w > 0, J w and (batch,) kappa with J w <= kappa w, by power iteration (Collatz-Wielandt).
+
+    The weights are scaled to a largest entry of 1 per sample.
+    """
+    w = _scaled(start)
+    best, image = w, w
+    kappa = torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
+    for k in range(_POWER_STEPS):
+        jw = steep.matvec(w)
+        ratio = jw / w
+        top = amax(ratio) * (1 + rounding)
+        better = top < kappa
+        mask = per_sample(better, w)
+        best, image = torch.where(mask, w, best), torch.where(mask, jw, image)
+        kappa = torch.where(better, top, kappa)
+        # The spectral radius is about the mean of J w / w, weighted by w.
+        radius = jw.flatten(1).sum(1) / w.flatten(1).sum(1)
+        if k + 1 == _POWER_STEPS or not bool((1 - kappa < _GOOD * (1 - radius)).any()):
+            break
+        w = _scaled(jw + 0.05 * w)
+    return best, image, kappa
+
+
+def _scaled(w: Tensor) -> Tensor:
+    w = w / per_sample(amax(w), w).clamp_min(torch.finfo(w.dtype).tiny)
+    return w.clamp_min(math.sqrt(torch.finfo(w.dtype).tiny))

@@ -1,0 +1,296 @@
+"""What holds for every solver."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perron.cells import as_map, trace
+from perron.nn import Equilibrium, Inject, PositiveConcaveConv2d, PositiveConcaveLinear
+from perron.solvers import Anderson, Auto, Broyden, ConvergenceWarning, FixedPointProblem, MonotoneNewton, Picard
+from problems import dense_layer, dense_problems, truth
+
+SOLVERS = {
+    "auto": Auto(),
+    "picard": Picard(),
+    "anderson": Anderson(),
+    "broyden": Broyden(),
+    "newton": MonotoneNewton(),
+    "batched": MonotoneNewton(linear="batched"),
+    "chord": MonotoneNewton(linear="chord"),
+    "krylov": MonotoneNewton(linear="krylov"),
+    "bfloat16 steps": Auto(precision=torch.bfloat16),
+}
+
+
+@pytest.fixture(params=list(SOLVERS))
+def solver(request):
+    return SOLVERS[request.param]
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_enclosures_hold(name: str) -> None:
+    @settings(max_examples=15)
+    @given(dense_problems())
+    def check(problem) -> None:
+        layer, b = problem
+        layer.solver = replace(SOLVERS[name], tol=1e-5, max_steps=2000, on_failure="ignore")
+        solution = layer.solve(b)
+        exact = truth(layer, b)
+        assert solution.certified
+        assert solution.precision == torch.float64
+        assert (solution.lower.double() <= exact * (1 + 1e-12)).all()
+        assert (exact * (1 - 1e-12) <= solution.upper.double()).all()
+        error = ((solution.value.double() - exact).abs() / exact).amax(1)
+        assert (error <= solution.error_bound + 1e-12).all()
+        assert (solution.error_bound[solution.converged] <= 1e-5).all()
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden", "newton"])
+def test_soundness_at_scale(name: str) -> None:
+    import soundness
+
+    result = soundness.measure(1000, seed=4, solver=name)
+    assert result["misses"] == 0
+    assert result["bound_below_error"] == 0
+    assert result["proven"] == result["samples"]
+
+
+def test_layers_of_all_kinds(solver) -> None:
+    composed = nn.Sequential(nn.Linear(4, 6), nn.Softsign(), nn.Linear(6, 4), nn.Tanh())
+    cell = nn.Sequential(*composed[:3], Inject(), composed[3])
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.abs_()
+    for layer, x in (
+        (PositiveConcaveLinear(5, 7, solver=solver), torch.randn(6, 5)),
+        (PositiveConcaveLinear(5, 7, "erf", solver=solver), torch.randn(6, 5)),
+        (PositiveConcaveConv2d(2, 3, solver=solver), torch.randn(3, 2, 6, 5)),
+        (Equilibrium(cell, injection="softplus", solver=solver), torch.randn(6, 4)),
+    ):
+        solution = layer.solve(x)
+        with torch.no_grad():
+            exact = truth(layer, layer.injected(x))
+        assert solution.certified
+        assert solution.converged.all()
+        assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
+        value = layer(x.clone().requires_grad_())
+        torch.testing.assert_close(value.double(), exact, rtol=2e-4, atol=0)
+        value.sum().backward()
+
+
+def test_bad_samples_leave_their_neighbours_alone(solver) -> None:
+    layer = dense_layer(torch.rand(9, 9) / 9, "tanh", solver=replace(solver, on_failure="ignore"))
+    b = torch.rand(6, 9) + 0.1
+    alone = layer.solve(b).value
+    b[1], b[4] = torch.nan, torch.inf
+    solution = layer.solve(b)
+    good = [0, 2, 3, 5]
+    torch.testing.assert_close(solution.value[good], alone[good], rtol=2e-4, atol=0)
+    assert solution.converged[good].all()
+    assert not solution.converged[[1, 4]].any()
+    assert solution.value[1].isnan().all()
+    assert not solution.certified
+    assert solution.proven.tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_small_batches(solver, n: int) -> None:
+    layer = PositiveConcaveLinear(5, 7, solver=solver)
+    x = torch.randn(n, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (n, 5)
+    opaque = Equilibrium(Rotation(), solver=solver)
+    assert opaque(torch.randn(n, 4)).shape == (n, 4)
+
+
+def test_strided_inputs(solver) -> None:
+    layer = PositiveConcaveLinear(5, 7, solver=solver)
+    x = torch.randn(5, 12).t()[::2]
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=2e-4, atol=0)
+
+
+class Rotation(nn.Module):
+    """A contraction by 0.9 whose eigenvalues lie around a circle: no structure to use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluations = 0
+
+    def forward(self, z, x):
+        self.evaluations += 1
+        return 0.9 * z.roll(1, 1) + x
+
+
+def test_maps_without_structure(solver) -> None:
+    cell = Rotation()
+    layer = Equilibrium(cell, solver=replace(solver, tol=1e-6))
+    x = torch.randn(3, 4)
+    solution = layer.solve(x)
+    torch.testing.assert_close(solution.value, 0.9 * solution.value.roll(1, 1) + x, rtol=1e-4, atol=1e-4)
+    assert solution.stopping == "residual"
+    assert solution.lower is None
+    assert not solution.certified
+    assert solution.error_bound.isinf().all()
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden", "newton", "auto"])
+def test_acceleration_needs_fewer_evaluations_and_is_safe(name: str) -> None:
+    cell = Rotation()
+    layer = Equilibrium(cell, solver=replace(SOLVERS[name], tol=1e-6))
+    solution = layer.solve(torch.randn(8, 4))
+    assert solution.converged.all()
+    # Picard takes about 130.
+    assert cell.evaluations <= 60
+
+
+def test_divergence_is_reported(solver) -> None:
+    class Growing(nn.Module):
+        def forward(self, z, x):
+            return 2 * z.abs() + z.square() + x
+
+    layer = Equilibrium(Growing(), solver=replace(solver, max_steps=30))
+    with pytest.warns(ConvergenceWarning, match=type(solver).__name__):
+        solution = layer.solve(torch.ones(2, 2))
+    assert not solution.converged.any()
+
+
+def test_a_wrong_shape_is_named(solver) -> None:
+    class Widening(nn.Module):
+        def forward(self, z, x):
+            return torch.cat([z, x], 1)
+
+    with pytest.raises(ValueError, match="equal shapes"):
+        Equilibrium(Widening(), solver=solver).solve(torch.ones(2, 2))
+
+
+def test_warm_starts_change_the_cost_and_not_the_proof(solver) -> None:
+    layer = PositiveConcaveLinear(6, 30, solver=solver)
+    x = torch.randn(8, 6)
+    cold = layer.solve(x)
+    exact = truth(layer, layer.injected(x).detach())
+    for z0 in (cold.value, cold.value * 0, cold.value * 100, torch.full_like(cold.value, torch.nan)):
+        warm = layer.solve(x, z0=z0)
+        assert warm.certified
+        assert warm.converged.all()
+        assert ((warm.lower.double() <= exact) & (exact <= warm.upper.double())).all()
+    with pytest.raises(ValueError, match="z0 has shape"):
+        layer.solve(x, z0=cold.value[:3])
+
+
+def test_a_good_guess_saves_steps() -> None:
+    weight = torch.rand(64, 64)
+    weight /= torch.linalg.eigvals(weight).abs().max()
+    b = 0.05 * nn.functional.softplus(torch.randn(8, 64), beta=5)
+    layer = dense_layer(weight, "tanh", solver=Anderson())
+    cold = layer.solve(b)
+    assert layer.solve(b * 1.001, z0=cold.value).steps.max() < cold.steps.min() / 2
+
+
+def test_moving_average_of_fixed_points() -> None:
+    layer = Equilibrium(Rotation(), solver=Picard(), warm_start=0.5)
+    x = torch.randn(1, 4).expand(6, 4)
+    first = layer(x)
+    steps = layer.last_solution.steps.clone()
+    layer(x)
+    assert (layer.last_solution.steps < steps).all()
+    torch.testing.assert_close(layer.mean, first[0], rtol=1e-3, atol=1e-3)
+    assert "mean" not in layer.state_dict()
+    layer.eval()
+    before = layer.mean.clone()
+    layer(-x)
+    torch.testing.assert_close(layer.mean, before)
+    assert torch.isfinite(layer(torch.randn(2, 7))).all(), "another shape starts anew"
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += name in {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["auto", "picard", "anderson", "broyden", "batched", "chord"])
+@pytest.mark.parametrize("steps", [4, 9])
+def test_fixed_steps_wait_for_nothing_and_tell_their_error(name: str, steps: int) -> None:
+    weight = torch.rand(40, 40)
+    weight /= torch.linalg.eigvals(weight).abs().max()
+    layer = dense_layer(weight, "tanh")
+    b = 0.3 * nn.functional.softplus(torch.randn(8, 40), beta=5)
+    problem = FixedPointProblem(trace(layer.cell), b, True)
+    solver = replace(SOLVERS[name], steps=steps, on_failure="ignore")
+    with torch.no_grad(), Waits() as waits:
+        solution = solver.solve(problem)
+    assert waits.count == 0
+    assert (solution.steps == steps).all()
+    exact = truth(layer, b)
+    proven = solution.proven
+    assert proven.all() or steps < 9
+    error = ((solution.value.double() - exact).abs() / exact).amax(1)
+    assert (error <= solution.error_bound + 1e-12).all()
+    assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double()))[proven].all()
+
+
+def test_fixed_steps_of_maps_without_structure(solver) -> None:
+    layer = Equilibrium(Rotation(), solver=replace(solver, steps=7, on_failure="ignore"))
+    solution = layer.solve(torch.randn(3, 4))
+    assert (solution.steps >= 7).all()
+    if not isinstance(solver, MonotoneNewton):
+        assert layer.cell.evaluations == 7
+
+
+def test_the_host_rarely_waits() -> None:
+    """Residual stopping on 130 steps: looks are foreseen from the rate."""
+    layer = Equilibrium(Rotation(), solver=Picard(tol=1e-6))
+    problem = FixedPointProblem(as_map(layer.cell)[0], torch.randn(8, 4))
+    with torch.no_grad(), Waits() as waits:
+        solution = Picard(tol=1e-6).solve(problem)
+    assert solution.converged.all()
+    assert waits.count <= solution.steps.max() / 4
+
+
+def test_options_are_checked() -> None:
+    for wrong in (
+        lambda: Anderson(window=0),
+        lambda: Broyden(memory=0),
+        lambda: MonotoneNewton(linear="lu"),
+        lambda: Auto(steps=2),
+        lambda: Anderson(tol=0),
+        lambda: Broyden(verify=torch.bfloat16),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            wrong()
+    with pytest.raises(TypeError):
+        Anderson(windows=3)
+
+
+def test_without_proof_nothing_is_certified(solver) -> None:
+    layer = PositiveConcaveLinear(5, 7, solver=replace(solver, verify=None))
+    x = torch.randn(4, 5)
+    solution = layer.solve(x)
+    assert solution.converged.all()
+    assert not solution.certified
+    assert solution.precision is None
+    assert not solution.proven.any()
+    exact = truth(layer, layer.injected(x).detach())
+    torch.testing.assert_close(solution.value.double(), exact, rtol=3e-4, atol=0)
+
+
+def test_stopping_by_residual(solver) -> None:
+    layer = PositiveConcaveLinear(5, 7, solver=replace(solver, stop="residual", tol=1e-6))
+    x = torch.randn(4, 5)
+    solution = layer.solve(x)
+    assert solution.stopping == "residual"
+    torch.testing.assert_close(solution.value.double(), truth(layer, layer.injected(x).detach()), rtol=1e-4, atol=1e-6)
