@@ -26,6 +26,11 @@ __all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "Refusal", "affine_step"
 _PATCH_BYTES = 2**20
 
 
+@torch.compiler.assume_constant_result
+def _full_float32() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 class Refusal(ValueError):
     """Why a cell's structure, or a proof about it, could not be verified."""
 
@@ -85,9 +90,7 @@ class AffineStep(ABC):
         # On other devices float32 products may be computed with shorter mantissas.
         dtype = self.tensors[0].dtype if self.tensors else torch.float64
         exact = dtype == torch.float64 or (
-            dtype == torch.float32
-            and all(t.device.type == "cpu" for t in self.tensors)
-            and torch.get_float32_matmul_precision() == "highest"
+            dtype == torch.float32 and all(t.device.type == "cpu" for t in self.tensors) and _full_float32()
         )
         return self if exact else None
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -167,7 +166,7 @@ class Chain:
         assert z is not None
         return z
 
-    @cached_property
+    @property
     def single(self) -> bool:
         """f = sigma(A z + ...): one activation, at the end, so that J = diag(sigma') A."""
         kinds = [isinstance(s, ActivationStep) for s in self.steps]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,9 @@ class _Adjoint(torch.autograd.Function):
         run: _Run, z: Tensor, lower: Tensor, upper: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor
     ) -> Tensor:
         bounds = (lower, upper) if lower.shape == z.shape and z.numel() else None
-        g, report = solve_adjoint(run.map.rebind(tensors), z, injection, v, run.solver, bounds=bounds)
+        own = getattr(run.solver, "solve_adjoint", None)
+        solve = partial(solve_adjoint, solver=run.solver) if own is None else own
+        g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds)
         if run.on_adjoint is not None:
             run.on_adjoint(report)
         return g.clone() if g is v else g

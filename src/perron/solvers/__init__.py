@@ -13,6 +13,7 @@ from perron.solvers.base import (
     Solver,
 )
 from perron.solvers.broyden import Broyden
+from perron.solvers.compiled import Compiled
 from perron.solvers.newton import MonotoneNewton
 from perron.solvers.picard import Picard
 
@@ -22,6 +23,7 @@ __all__ = [
     "Anderson",
     "Auto",
     "Broyden",
+    "Compiled",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointProblem",

@@ -222,8 +222,9 @@ class _Proving:
         return prove(trial, self.rounding) if self.proving else observe(trial), at_q, q
 
     def _accepted(self, found: Enclosure) -> Tensor:
-        middle = ((found.lower + found.upper) / 2).to(self.b.dtype)
-        return found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
+        """Whether the middle is near enough to both ends, its rounding included."""
+        width = amax(found.upper / found.lower) - 1
+        return found.proven & (width <= 2 * self.solver.tol - 8 * unit_roundoff(self.b.dtype))
 
     def _solution(self, found: Enclosure, rate: Tensor) -> Solution:
         held = found.proven & all_finite(self.b)

@@ -28,7 +28,7 @@ from perron.solvers.base import AdjointSolution, Solver, report_failure
 from perron.solvers.iteration import Found, Rule, iterate
 from perron.solvers.mixing import Mixing
 
-__all__ = ["solve_adjoint", "solve_tangent"]
+__all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
 
 _WINDOW = 5
 # Power steps for the weights: at most so many; the first vector whose kappa is this close to what it can become serves.
@@ -83,7 +83,8 @@ def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Sol
     """w = (I - J)^{-1} v at z, (batch, ...), to the solver's tolerance on the relative residual."""
     jacobian = _linearized(map, z, injection)
     found = _iterate(_Linear(jacobian, v, False), None, None, Rule(solver.tol, None, False, solver.max_steps))
-    _report("tangent", found.measure, solver)
+    converged = found.measure <= solver.tol
+    report_failure("tangent", converged, found.measure, solver.tol, solver.max_steps, solver.on_failure)
     return found.value
 
 
@@ -113,6 +114,27 @@ def solve_adjoint(
     if not v.numel():
         none = v.new_zeros(len(v))
         return v, AdjointSolution(none.long(), none, none, none == 0, False)
+    g, solution, measure = adjoint_in_steps(map, z, injection, v, solver.tol, solver.max_steps, bounds=bounds)
+    report_failure("adjoint", solution.converged, measure, solver.tol, solver.max_steps, solver.on_failure)
+    return g, solution
+
+
+@torch.no_grad()
+def adjoint_in_steps(
+    map: Map,
+    z: Tensor,
+    injection: Tensor,
+    v: Tensor,
+    tol: float,
+    steps: int,
+    *,
+    bounds: tuple[Tensor, Tensor] | None = None,
+    fixed: bool = False,
+) -> tuple[Tensor, AdjointSolution, Tensor]:
+    """`solve_adjoint` in at most, or if `fixed` exactly, so many products; also returns the measure of convergence.
+
+    With `fixed` nothing waits for the device.
+    """
     jacobian = _linearized(map, z, injection)
     problem = _Linear(jacobian, v, True)
     model, slope = None, None
@@ -120,27 +142,20 @@ def solve_adjoint(
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
     if bounds is None or not isinstance(map, Chain):
-        found = _iterate(problem, model, slope, Rule(solver.tol, None, False, solver.max_steps))
-        converged = _report("adjoint", found.measure, solver)
+        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed))
         unknown = torch.full_like(found.measure, math.inf)
-        return found.value, AdjointSolution(found.steps, found.measure, unknown, converged, False)
-    proof = _Proof(map, injection, bounds, model)
-    weights, kappa = proof.weights.to(v.dtype), proof.kappa.clamp_max(0.999).to(v.dtype)
+        solution = AdjointSolution(found.steps, found.measure, unknown, found.measure <= tol, False)
+        return found.value, solution, found.measure
+    proof = _Proof(map, injection, bounds, model, fixed)
+    contracts = proof.kappa < 1
+    margin = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
     # Where no kappa was found the plain sum of entries serves to stop.
-    weights = torch.where(per_sample(proof.kappa < 1, v), weights, 1.0)
-    goal = 0.5 * solver.tol * torch.where(proof.kappa < 1, 1 - kappa, 1.0)
-    rule = Rule(goal, None, True, max(solver.max_steps - 1, 1), weights=weights)
+    weights = torch.where(per_sample(contracts, v), proof.weights.to(v.dtype), 1.0)
+    rule = Rule(0.5 * tol * margin, None, True, max(steps - 1, 1), fixed, weights=weights)
     found = _iterate(problem, model, slope, rule)
     g, residual, bound = proof.finish(z, found.candidate, v)
-    measure = residual / torch.where(proof.kappa < 1, 1 - kappa, 1.0)
-    report = AdjointSolution(
-        found.steps + 1,
-        residual,
-        bound,
-        _report("adjoint", measure, solver),
-        bool(torch.isfinite(bound).all()),
-    )
-    return g.to(v.dtype), report
+    measure = residual / margin
+    return g.to(v.dtype), AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
 
 
 def _linearized(map: Map, z: Tensor, injection: Tensor) -> Linearization:
@@ -155,17 +170,16 @@ def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, 
     return iterate(problem, _Mixed(model, slope, Mixing(_WINDOW)), problem.v, rule)
 
 
-def _report(what: str, measure: Tensor, solver: Solver) -> Tensor:
-    converged = measure <= solver.tol
-    report_failure(what, converged, measure, solver.tol, solver.max_steps, solver.on_failure)
-    return converged
-
-
 class _Proof:
     """The weighted norm in which J*^T contracts, and the error bound in it, rounding included."""
 
     def __init__(
-        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], model: Aggregation | None
+        self,
+        chain: Chain,
+        injection: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        model: Aggregation | None,
+        fixed: bool = False,
     ) -> None:
         self.exact = chain.to(torch.float64)
         self.injection = injection
@@ -184,7 +198,7 @@ class _Proof:
         if model is not None and by_value is not None:
             # The Perron vector of D r c^T.
             start = steep.slope * model.rows.view_as(lower[:1])
-        weights, image, kappa = _weights(steep, start, self.rounding)
+        weights, image, kappa = _weights(steep, start, self.rounding, fixed)
         self.weights, self.kappa = weights.double(), kappa.double()
         self.spread = self._spread(lower.double(), upper.double(), image.double(), by_value is not None)
         self.exact_rounding = 4 * gamma(count, torch.float64)
@@ -222,7 +236,7 @@ class _Proof:
         return g, relative.to(dtype), torch.where(proven, bound, math.inf)
 
 
-def _weights(steep: ChainLinearization, start: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """w > 0, J w and (batch,) kappa with J w <= kappa w, by power iteration (Collatz-Wielandt).
 
     The weights are scaled to a largest entry of 1 per sample.
@@ -230,7 +244,7 @@ def _weights(steep: ChainLinearization, start: Tensor, rounding: float) -> tuple
     w = _scaled(start)
     best, image = w, w
     kappa = torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
-    for k in range(_POWER_STEPS):
+    for k in range(2 if fixed else _POWER_STEPS):
         jw = steep.matvec(w)
         ratio = jw / w
         top = amax(ratio) * (1 + rounding)
@@ -240,7 +254,7 @@ def _weights(steep: ChainLinearization, start: Tensor, rounding: float) -> tuple
         kappa = torch.where(better, top, kappa)
         # The spectral radius is about the mean of J w / w, weighted by w.
         radius = jw.flatten(1).sum(1) / w.flatten(1).sum(1)
-        if k + 1 == _POWER_STEPS or not bool((1 - kappa < _GOOD * (1 - radius)).any()):
+        if not fixed and (k + 1 == _POWER_STEPS or not bool((1 - kappa < _GOOD * (1 - radius)).any())):
             break
         w = _scaled(jw + 0.05 * w)
     return best, image, kappa

@@ -44,14 +44,19 @@ class AdjointSolution:
         error_bound: (batch,) bound on the weighted norm of the error of g against the adjoint at the exact fixed point,
             relative to that of g; inf where nothing is proven.
         converged: (batch,) whether the tolerance was reached.
-        certified: whether every error bound is proven, rounding included.
+        bounded: whether bounds of the error were sought, rounding included.
     """
 
     steps: Tensor
     residual: Tensor
     error_bound: Tensor
     converged: Tensor
-    certified: bool
+    bounded: bool
+
+    @property
+    def certified(self) -> bool:
+        """Whether every error bound is proven; waits for the device."""
+        return self.bounded and bool(self.error_bound.isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,11 @@ class FixedPointProblem:
 
 
 class Solver(Protocol):
-    """Anything that solves a problem. `tol` is the tolerance on the relative error, also of the adjoint."""
+    """Anything that solves a problem. `tol` is the tolerance on the relative error, also of the adjoint.
+
+    A solver with a method `solve_adjoint(map, z, injection, v, bounds)` solves the adjoint itself; for the others
+    `perron.solvers.adjoint.solve_adjoint` does.
+    """
 
     @property
     def tol(self) -> float: ...

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ __all__ = ["Found", "Method", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.02, 1.0), 8
+# A candidate should be this much closer than the goal: a proof that fails costs more than a step.
+_MARGIN = 2
 
 
 class Iterated(Protocol):
@@ -207,36 +210,39 @@ class _Loop:
         back = (measure > self.method.trust * self.least) & ~self.plain
         self.z, self.fz, self.measure = z, fz, measure
         candidate = self.method.advance(z, fz)
-        if k > 1 and self.method.trust < math.inf:
+        # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
+        asks = not self.rule.fixed and z.device.type == "cpu"
+        if k > 1 and self.method.trust < math.inf and not (asks and not bool(back.any())):
             mask = per_sample(back, z)
             candidate = torch.where(mask, self.best, candidate)
-            self.method.forget(back)
             fz = torch.where(mask, self.best, fz)
+            self.method.forget(back)
         self.best, self.least, self.plain = fz, torch.minimum(measure, self.least), back
         self.candidate = candidate
         self.steps = self.steps + 1 + self.method.products
 
     def look(self, k: int) -> bool:
         """Whether all are done; decides when to look again, and lets go of samples that are done."""
-        measure = self.measure
-        if self.rule.ahead:
-            floor = self.rule.floor(self.fz)
-            measure = 2 * self.measure * self.rate + floor
-            # Comparisons with NaN are false: nobody waits for such a sample, nor for one that rounding keeps out.
-            running = (2 * measure > self.rule.tol) & (floor <= self.rule.tol)
-            if k > 2:
-                running &= measure * self.rate ** (self.rule.limit - k) <= self.rule.tol
-        else:
-            running = (measure > self.rule.tol) & measure.isfinite()
-        wanted = (self.rule.tol / measure.clamp_min(torch.finfo(measure.dtype).tiny)).log()
-        wanted = wanted / (1.1 * self.rate.clamp_max(0.999).log())
-        wanted = torch.where(running, wanted, 0.0).amax() if k > 1 else measure.new_ones(())
-        count, foreseen = torch.stack([running.sum().to(measure.dtype), wanted]).tolist()
-        if count == 0:
-            return True
-        self.next_look = k + min(max(1, int(foreseen)), _BLIND)
+        tol = self.rule.tol if isinstance(self.rule.tol, Tensor) else torch.full_like(self.measure, self.rule.tol)
+        floor = self.rule.floor(self.fz) if self.rule.ahead else torch.zeros_like(self.measure)
+        # One transfer; what follows is the host's arithmetic. Comparisons with NaN are false: nobody waits for such a
+        # sample, nor for one that rounding keeps from the goal.
+        measure, rate, floor, tol = torch.stack([self.measure, self.rate, floor, tol.to(floor)]).double().cpu().numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.rule.ahead:
+                measure = 2 * measure * rate + floor
+                running = (_MARGIN * measure > tol) & (_MARGIN * floor <= 0.8 * tol)
+                if k > 2:
+                    running &= measure * rate ** (self.rule.limit - k) <= tol
+            else:
+                running = (measure > tol) & np.isfinite(measure)
+            count = running.sum()
+            if count == 0:
+                return True
+            wanted = np.log(tol / measure)[running] / (1.1 * np.log(np.minimum(rate, 0.999))[running]) if k > 1 else 1
+        self.next_look = k + min(max(1, int(np.max(wanted))), _BLIND)
         if self.rule.compact and count <= len(running) / 2:
-            self._keep(running)
+            self._keep(torch.from_numpy(running).to(self.z.device))
         return False
 
     def _keep(self, running: Tensor) -> None:

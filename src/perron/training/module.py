@@ -58,7 +58,7 @@ class Classifier(L.LightningModule):
 
     def _verify_in(self, dtype: torch.dtype | None) -> None:
         for _, layer in equilibrium_layers(self.model):
-            if isinstance(layer.solver, IterativeSolver):
+            if isinstance(layer.solver, IterativeSolver) and layer.solver.verify != dtype:
                 layer.solver = replace(layer.solver, verify=dtype)
 
     def on_train_epoch_start(self) -> None:

@@ -1,0 +1,182 @@
+"""`Auto` with its steps compiled by torch.compile: small layers then cost what their products cost.
+
+On small layers a solve is a few hundred tensor operations of microseconds each, nearly all of it overhead. In a fixed
+number of steps nothing depends on data, so the compiler can fuse all of it, the proof included. The number of steps is
+what the same problem took uncompiled before; samples that are not proven by then take the usual way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep
+from perron.cells import ActivationStep, Chain, Map
+from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
+from perron.solvers.aggregation import Aggregation
+from perron.solvers.auto import Auto
+from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution
+
+__all__ = ["Compiled"]
+
+logger = logging.getLogger(__name__)
+
+# Uncompiled solves of a problem's shape before it is compiled, most steps worth compiling, and solves in a row with more
+# than this share of samples left over after which it is compiled again, with more steps.
+_SIGHTINGS, _MOST, _SHARE, _PATIENCE = 2, 14, 0.1, 4
+
+_SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
+_ADJOINT = ("steps", "residual", "error_bound", "converged")
+
+
+@dataclass
+class _Plan:
+    """What is known of problems of one shape."""
+
+    steps: int = 0
+    sightings: int = 0
+    leftovers: int = 0
+    run: Callable[..., tuple[Tensor, ...]] | None = None
+    refused: bool = False
+
+    def observe(self, steps: Tensor) -> bool:
+        """Whether to compile now, after a solve that took these steps."""
+        self.steps = max(self.steps, int(torch.quantile(steps.double(), 0.9)))
+        self.sightings += 1
+        return self.sightings >= _SIGHTINGS and self.steps <= _MOST and not self.refused
+
+
+@dataclass(frozen=True)
+class Compiled(Auto):
+    """`Auto`, compiled for each shape of problem that comes up more than twice.
+
+    Compiling takes a C++ compiler and half a minute for the solve and as much for the adjoint; where it fails, a warning
+    says so and the solves go on uncompiled. Only certified dense and diagonal-plus-low-rank cells with one activation, at
+    their end, are compiled; in the others overhead is not what costs.
+
+    Args:
+        tol, max_steps, stop, verify, on_failure, steps, precision, window: as in `Auto`.
+        backend: of torch.compile.
+    """
+
+    backend: str = "inductor"
+    plans: dict[Any, _Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code stays where it was made.
+        return {**self.__dict__, "plans": {}}
+
+    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        plan = self._plan("solve", problem.map, problem.injection)
+        usable = plan is not None and z0 is None and self.steps is None and self.encloses(problem)
+        if plan is None or not usable:
+            return super()._solve(problem, z0)
+        if plan.run is None:
+            found = super()._solve(problem, z0)
+            if plan.observe(found.steps):
+                plan.run = self._compile_solve(problem, plan.steps + 1)
+            return found
+        tensors = self._try(plan, list(problem.map.tensors), problem.injection)
+        if tensors is None:
+            return super()._solve(problem, z0)
+        parts: dict[str, Any] = dict(zip(_SOLUTION, tensors, strict=True))
+        found = Solution(**parts, precision=self._precision(), stopping="enclosure")
+        left = (~found.converged).nonzero().flatten()
+        self._judge(plan, len(left) / len(found.value))
+        return found.merged(super()._solve(problem.select(left), None), left) if left.numel() else found
+
+    def solve_adjoint(
+        self, map: Map, z: Tensor, injection: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, AdjointSolution]:
+        """The adjoint likewise; a batch in which some sample does not converge is solved again uncompiled."""
+        plan = self._plan("adjoint", map, v) if bounds is not None else None
+        if plan is not None and plan.run is not None and bounds is not None:
+            tensors = self._try(plan, list(map.tensors), z, injection, v, *bounds)
+            if tensors is not None:
+                g, *rest = tensors
+                found = AdjointSolution(**dict(zip(_ADJOINT, rest, strict=True)), bounded=True)
+                converged = bool(found.converged.all())
+                self._judge(plan, float(not converged))
+                if converged:
+                    return g, found
+        g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds)
+        if plan is not None and plan.run is None and plan.observe(found.steps):
+            plan.run = self._compile_adjoint(map, plan.steps)
+        return g, found
+
+    def _precision(self) -> torch.dtype | None:
+        return None if self.verify is None else torch.float64
+
+    def _plan(self, what: str, map: Map, like: Tensor) -> _Plan | None:
+        """The plan for problems of this shape; None where they cannot be compiled."""
+        if not isinstance(map, Chain) or not Aggregation.possible(map) or not like.numel():
+            return None
+        if self.verify == torch.float32 or not all(isinstance(s, DenseStep | DiagonalLowRankStep) for s in map.affine):
+            return None
+        key = (what, _signature(map), like.shape, like.dtype, like.device, torch.get_float32_matmul_precision())
+        return self.plans.setdefault(key, _Plan())
+
+    def _try(self, plan: _Plan, *arguments: Any) -> tuple[Tensor, ...] | None:
+        assert plan.run is not None
+        try:
+            return plan.run(*arguments)
+        except Exception as error:  # torch.compile fails in many ways, none of which may stop a solve
+            logger.warning("the solve could not be compiled and goes on uncompiled: %s", str(error).split("\n")[0])
+            plan.run, plan.refused = None, True
+            return None
+
+    @staticmethod
+    def _judge(plan: _Plan, share: float) -> None:
+        """Too many left over too often: compile again with more steps."""
+        plan.leftovers = plan.leftovers + 1 if share > _SHARE else 0
+        if plan.leftovers >= _PATIENCE:
+            plan.run, plan.leftovers, plan.steps = None, 0, plan.steps + 1
+
+    def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
+        options = {f.name: getattr(self, f.name) for f in fields(Auto) if f.name not in ("steps", "on_failure")}
+        inner = Auto(**options, steps=max(steps, 4), on_failure="ignore")
+        template = _template(problem.map)
+
+        def run(tensors: list[Tensor], injection: Tensor) -> tuple[Tensor, ...]:
+            # Auto's own _solve only: the layers around it report failures and count.
+            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, True), None)
+            return tuple(getattr(found, name) for name in _SOLUTION)
+
+        return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
+
+    def _compile_adjoint(self, map: Map, steps: int) -> Callable[..., tuple[Tensor, ...]]:
+        template, tol = _template(map), self.tol
+
+        def run(
+            tensors: list[Tensor], z: Tensor, injection: Tensor, v: Tensor, lower: Tensor, upper: Tensor
+        ) -> tuple[Tensor, ...]:
+            g, found, _ = adjoint_in_steps(
+                template.rebind(tensors), z, injection, v, tol, steps, bounds=(lower, upper), fixed=True
+            )
+            return g, *(getattr(found, name) for name in _ADJOINT)
+
+        return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
+
+
+def _template(map: Map) -> Chain:
+    """The structure of a chain, without its weights."""
+    assert isinstance(map, Chain)
+    return map.rebind([torch.empty(t.shape, dtype=t.dtype, device="meta") for t in map.tensors])
+
+
+def _signature(chain: Chain) -> tuple[Any, ...]:
+    parts: list[Any] = []
+    for step in chain.steps:
+        if isinstance(step, ActivationStep):
+            parts.append(step.activation.name)
+        elif isinstance(step, AffineStep):
+            options = [getattr(step, f.name) for f in fields(step) if f.name not in ("weights", "bias")]
+            parts.append((type(step).__name__, tuple((tuple(t.shape), t.dtype) for t in step.tensors), repr(options)))
+        else:
+            parts.append("inject")
+    return tuple(parts)
