@@ -26,9 +26,9 @@ __all__ = ["Compiled"]
 
 logger = logging.getLogger(__name__)
 
-# Uncompiled solves of a problem's shape before it is compiled, most steps worth compiling, and solves in a row with more
-# than this share of samples left over after which it is compiled again, with more steps.
-_SIGHTINGS, _MOST, _SHARE, _PATIENCE = 2, 14, 0.1, 4
+# Uncompiled solves of a problem's shape before it is compiled; most steps worth compiling; solves in a row with samples
+# left over after which it is compiled again, with more steps; and how often at most.
+_SIGHTINGS, _MOST, _PATIENCE, _COMPILATIONS = 2, 14, 4, 3
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
@@ -41,14 +41,17 @@ class _Plan:
     steps: int = 0
     sightings: int = 0
     leftovers: int = 0
+    compilations: int = 0
     run: Callable[..., tuple[Tensor, ...]] | None = None
     refused: bool = False
 
     def observe(self, steps: Tensor) -> bool:
         """Whether to compile now, after a solve that took these steps."""
-        self.steps = max(self.steps, int(torch.quantile(steps.double(), 0.9)))
+        self.steps = max(self.steps, int(steps.max()))
         self.sightings += 1
-        return self.sightings >= _SIGHTINGS and self.steps <= _MOST and not self.refused
+        ready = self.sightings >= _SIGHTINGS and self.steps <= _MOST and not self.refused
+        self.compilations += ready
+        return ready
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Compiled(Auto):
         parts: dict[str, Any] = dict(zip(_SOLUTION, tensors, strict=True))
         found = Solution(**parts, precision=self._precision(), stopping="enclosure")
         left = (~found.converged).nonzero().flatten()
-        self._judge(plan, len(left) / len(found.value))
+        self._judge(plan, bool(left.numel()))
         return found.merged(super()._solve(problem.select(left), None), left) if left.numel() else found
 
     def solve_adjoint(
@@ -101,7 +104,7 @@ class Compiled(Auto):
                 g, *rest = tensors
                 found = AdjointSolution(**dict(zip(_ADJOINT, rest, strict=True)), bounded=True)
                 converged = bool(found.converged.all())
-                self._judge(plan, float(not converged))
+                self._judge(plan, not converged)
                 if converged:
                     return g, found
         g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds)
@@ -131,10 +134,10 @@ class Compiled(Auto):
             return None
 
     @staticmethod
-    def _judge(plan: _Plan, share: float) -> None:
-        """Too many left over too often: compile again with more steps."""
-        plan.leftovers = plan.leftovers + 1 if share > _SHARE else 0
-        if plan.leftovers >= _PATIENCE:
+    def _judge(plan: _Plan, leftover: bool) -> None:
+        """Samples left over too often: compile again with more steps."""
+        plan.leftovers = plan.leftovers + 1 if leftover else 0
+        if plan.leftovers >= _PATIENCE and plan.compilations < _COMPILATIONS:
             plan.run, plan.leftovers, plan.steps = None, 0, plan.steps + 1
 
     def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
