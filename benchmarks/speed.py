@@ -6,7 +6,8 @@ map is hard. c is found so that Picard needs about 8, 20 and 60 steps for an ent
 
 The true error is entrywise and relative to a float64 solution. Every rival gets the loosest tolerance, of 0.1 and its
 halves, at which every sample's true error is at most 1e-4; its backward tolerance is the loosest at which its gradient
-of b, against the float64 adjoint, is right to 1e-4 of its norm, or to twice Perron's error where that is more. A rival that reaches neither is shown as such.
+of b, against the float64 adjoint, is right to 1e-4 of its norm, or to twice Perron's error where that is more. A rival
+that reaches neither is shown as such.
 
 `floor` is the time of as many bare products (or convolutions) as Perron's default took, all of them in float32, forward;
 with backward it adds its adjoint products, one evaluation and the gradient of W. Times are medians over rounds in which
