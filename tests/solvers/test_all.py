@@ -223,7 +223,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["auto", "picard", "anderson", "broyden", "batched", "chord"])
-@pytest.mark.parametrize("steps", [4, 9])
+@pytest.mark.parametrize("steps", [5, 9])
 def test_fixed_steps_wait_for_nothing_and_tell_their_error(name: str, steps: int) -> None:
     weight = torch.rand(40, 40)
     weight /= torch.linalg.eigvals(weight).abs().max()
@@ -266,7 +266,7 @@ def test_options_are_checked() -> None:
         lambda: Anderson(window=0),
         lambda: Broyden(memory=0),
         lambda: MonotoneNewton(linear="lu"),
-        lambda: Auto(steps=2),
+        lambda: Auto(steps=4),
         lambda: Anderson(tol=0),
         lambda: Broyden(verify=torch.bfloat16),
     ):

@@ -64,7 +64,7 @@ class Accelerated(IterativeSolver):
         return evaluations
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        if not (self.encloses(problem) and problem.injection.numel() and self.limit >= 4):
+        if not (self.encloses(problem) and problem.injection.numel() and self.limit >= 5):
             return self._observe(problem, z0)
         found = _Proving(self, problem, z0).run()
         left = None if self.steps is not None else (~found.converged).nonzero().flatten()
@@ -144,7 +144,7 @@ class _Proving:
         if z0 is not None:
             start = torch.maximum(z0.to(origin.p), origin.p)
         fixed = self.solver.steps is not None
-        left = self.solver.limit - 2 if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
+        left = self.solver.limit - 3 if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
         found = iterate(problem, _Above(method, origin.p), start, Rule(goal, slack, True, max(left, 1), fixed))
         self._count(found.steps)
         return found
@@ -175,13 +175,13 @@ class _Proving:
     def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None) -> tuple[Enclosure, Tensor]:
         """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho."""
         where = torch.arange(len(self.b), device=self.b.device) if index is None else index
-        # With one attempt only, the margin for rounding is a generous one.
-        margin = 4 if self.solver.steps is None else 16
-        floor = margin * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
+        floor = 4 * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
         first = rho = (2 * found.measure * found.rate + floor).to(self.dtype)
         z, rate = found.candidate.to(self.dtype), found.rate.to(self.dtype)
         if self.solver.steps is not None:
-            self._count(1)
+            # With one attempt only, it starts from an exact residual.
+            self._count(2)
+            z, rho = self._closer(where, z, self.chain(z, self.exact.injection), rate.clamp_min(0.3))
             return self._prove(None, z, rho)[0], rho
         promising = (rho <= self.solver.tol).nonzero().flatten()
         whole = index is None and len(promising) == len(self.b)
@@ -207,7 +207,9 @@ class _Proving:
         step = residual if model is None else model.to(self.dtype).correct(at_q, residual)
         slack = self.slack[where].to(self.dtype)
         # Comparisons with NaN are false: such a sample is not tried again.
-        rho = amax(residual.abs() / slack) * rate + 64 * unit_roundoff(self.dtype) * amax(at_q / slack)
+        rho = amax(residual.abs() / slack) * (2 if model is None else rate) + 64 * unit_roundoff(self.dtype) * amax(
+            at_q / slack
+        )
         return torch.maximum(q + step, self.at_zero[where]), rho
 
     def _prove(self, index: Tensor | None, z: Tensor, rho: Tensor) -> tuple[Enclosure, Tensor, Tensor]:

@@ -174,7 +174,7 @@ class IterativeSolver(ABC):
         verify: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
             None solves in the precision of the layer, and nothing is certified.
         on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
-        steps: None, or exactly so many evaluations of f, at least 3, proof included: nothing in the solve then waits for
+        steps: None, or exactly so many evaluations of f, at least 5, proof included: nothing in the solve then waits for
             the device (with on_failure="ignore"), and `error_bound` says what was reached.
 
     Raises:
@@ -199,8 +199,8 @@ class IterativeSolver(ABC):
             raise ValueError(f"verify must be torch.float64, torch.float32 or None, got {self.verify}")
         if self.on_failure not in ("warn", "raise", "ignore"):
             raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}")
-        if self.steps is not None and self.steps < 3:
-            raise ValueError(f"steps must be at least 3 (the proof is one of them), got {self.steps}")
+        if self.steps is not None and self.steps < 5:
+            raise ValueError(f"steps must be at least 5 (the proof takes some of them), got {self.steps}")
 
     @torch.no_grad()
     def solve(self, problem: FixedPointProblem, z0: Tensor | None = None) -> Solution:

@@ -142,7 +142,7 @@ class Compiled(Auto):
 
     def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
         options = {f.name: getattr(self, f.name) for f in fields(Auto) if f.name not in ("steps", "on_failure")}
-        inner = Auto(**options, steps=max(steps, 4), on_failure="ignore")
+        inner = Auto(**options, steps=max(steps, 5), on_failure="ignore")
         template = _template(problem.map)
 
         def run(tensors: list[Tensor], injection: Tensor) -> tuple[Tensor, ...]:
