@@ -22,7 +22,7 @@ from typing import Any
 import lightning as L
 import torch
 from rivals import Cell, hook
-from speed import TARGET, Case, Perron, Rival, _accelerated, _conjugate
+from speed import TARGET, Case, Perron, Rival, _accelerated, _neumann
 from torch import Tensor, nn
 
 from perron.data import MNIST, Digits, ImageData
@@ -50,9 +50,12 @@ class _Clock(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begin = time.perf_counter()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training:
-            self.seconds.append(time.perf_counter() - self.begin)
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.last = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Of the training batches alone, without validation.
+        self.seconds.append(self.last - self.begin)
 
 
 def network(data: ImageData) -> PositiveConcaveLinearNet:
@@ -91,7 +94,7 @@ def calibrated(model: PositiveConcaveLinearNet, x: Tensor) -> tuple[float, float
         value = _accelerated(lambda z: torch.tanh(z @ w64.t() + b64), torch.tanh(b64))
         v = torch.randn_like(b)
         slope = 1 - value.square()
-        gradient = slope * _conjugate(lambda g: (slope * g) @ w64, v.double())
+        gradient = slope * _neumann(lambda g: (slope * g) @ w64, v.double())
     case = Case("trained", weight, b, v, value, gradient, 0)
     goal = max(2 * Perron(case, Auto()).check()["gradient_error"], TARGET)
     rival = Rival(case, "hook")

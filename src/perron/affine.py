@@ -295,6 +295,13 @@ class ConvolutionStep(AffineStep):
             return replace(self, unfolded=True)
         return self if weight.dtype == torch.float64 else None
 
+    def keeps_shape(self) -> bool:
+        """Whether the kernel is odd, padded by half of it with zeros, of stride 1, undilated and in one group."""
+        same = not isinstance(self.padding, str) and all(
+            k % 2 == 1 and p == (k - 1) // 2 for k, p in zip(self.kernel, self.padding, strict=True)
+        )
+        return same and set(self.stride) == {1} and set(self.dilation) == {1} and self.groups == 1
+
     def channels(self) -> Tensor | None:
         return self.weights[0].flatten(2).sum(2) if self.groups == 1 and set(self.stride) == {1} else None
 

@@ -55,21 +55,25 @@ class Enclosure:
     evaluations: int = 0
 
 
-def chord(gain: Tensor, loss: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+def chord(gain: Tensor, loss: Tensor) -> Tensor:
     """Nearly the largest t with `t loss <= (1 - t) gain` per sample, reshaped to broadcast.
 
-    Entries with `loss <= noise` do not bind. The result is 0.1 % on the safe side, which covers its own rounding.
+    Entries with `loss = 0` do not bind. The result is 0.1 % on the safe side, which covers its own rounding.
 
     Args:
-        gain: (batch, ...) f(p) - p.
-        loss: (batch, ...) q - f(q).
-        noise: losses up to this are treated as zero; a proof must leave it at 0.
+        gain: (batch, ...) f(p) - p, not negative.
+        loss: (batch, ...) q - f(q), not negative.
     """
-    binding = loss > noise
-    ratio = torch.where(binding, gain / torch.where(binding, loss, 1.0), torch.inf)
+    # The smallest number there is makes 0/0 infinite (a selection by mask costs ten times as much). It is no risk: in
+    # its presence f still gains by the final scaling of `prove`, see there.
+    ratio = (gain + _smallest(gain.dtype)).div_(loss)
     # Capped, so that the rounding of 1 - t stays well below the margin.
     s = (amin(ratio) * (1 - 1e-3)).clamp(0, 1e-4 / unit_roundoff(gain.dtype))
     return per_sample(s / (1 + s), gain)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -90,40 +94,44 @@ def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
     """
     p, q = values.p, values.q
     u = unit_roundoff(p.dtype)
-    # The factors 1 -/+ 8u here and 1.01 below cover the roundings of these very lines.
+    # The factors 1 -/+ 8u here and 1.01 below cover the roundings of these very lines. In place where that saves memory.
     down, up = (1 - rounding.relative) * (1 - 8 * u), (1 + rounding.relative) * (1 + 8 * u)
     low_zero, low_p, low_q = (
-        (f * down - 2 * rounding.absolute).clamp_min(0) for f in (values.at_zero, values.at_p, values.at_q)
+        (f * down).sub_(2 * rounding.absolute).clamp_min_(0) for f in (values.at_zero, values.at_p, values.at_q)
     )
-    high_q = values.at_q * up + 2 * rounding.absolute
-    shrink = _needed_scaling(p - low_p, low_zero)
+    high_q = (values.at_q * up).add_(2 * rounding.absolute)
+    miss = p - low_p
+    shrink = _needed_scaling(miss, low_zero)
     grow = _needed_scaling(high_q - q, low_zero)
-    proven = (
-        all_true((p >= 0) & (p <= q) & torch.isfinite(q) & torch.isfinite(values.at_q)) & (shrink < 0.5) & (grow < 1)
-    )
+    # Comparisons with NaN are false.
+    ordered = (amin(p) >= 0) & (amin(q - p) >= 0) & (amax(q) < torch.inf) & (amax(values.at_q) < torch.inf)
+    proven = ordered & (shrink < 0.5) & (grow < 1)
     shrink, grow = per_sample(shrink, p), per_sample(grow, p)
-    gain = ((1 - shrink) * (low_p - p) + shrink * low_zero).clamp_min(0)
+    gain = torch.addcmul(shrink * low_zero, shrink - 1, miss).clamp_min_(0)
     top = (1 + grow) * q
-    t = chord(gain, (top - low_q).clamp_min(0))
-    first = (1 - shrink) * p + gain
-    lower = torch.maximum(first, (1 - t) * first + t * low_q) * (1 - 16 * u)
-    upper = torch.minimum(top, (1 + grow) * high_q) * (1 + 16 * u)
-    residual = amax((values.at_q - q).abs() / values.at_q.clamp_min(torch.finfo(p.dtype).tiny))
+    t = chord(gain, (top - low_q).clamp_min_(0))
+    first = torch.addcmul(gain, 1 - shrink, p)
+    # The factor takes at least 16u f(0) off: more than the smallest number that `chord` may have added to a gain.
+    lower = torch.maximum(first, torch.lerp(first, low_q, t)).mul_(1 - 16 * u)
+    upper = torch.minimum(top, high_q.mul_(1 + grow)).mul_(1 + 16 * u)
+    proven &= amin(lower) >= 0
+    residual = amax((q / values.at_q.clamp_min(torch.finfo(p.dtype).tiny)).sub_(1).abs_())
     return Enclosure(lower, upper, proven, p.dtype, residual)
 
 
 def observe(trial: Evaluated) -> Enclosure:
     """The bounds of `prove` taken at face value, rounding ignored: nothing is proven by them, whatever `proven` says."""
     z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
-    t = chord((s - z).clamp_min(0), trial.q - high, 4 * unit_roundoff(z.dtype) * s)
+    noise = 4 * unit_roundoff(z.dtype) * s
+    t = chord((s - z).clamp_min(0), (trial.q - high - noise).clamp_min(0))
     lower = (1 - t) * s + t * high
     residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
     return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
 
 
 def _needed_scaling(miss: Tensor, at_zero: Tensor) -> Tensor:
-    """(batch,) the smallest a with `miss <= a f(0)`, a little enlarged; inf (or NaN) where there is none."""
-    return amax(torch.where(miss > 0, miss / at_zero, 0.0)) * 1.01
+    """(batch,) the smallest a with `miss <= a f(0)`, a little enlarged; inf or NaN where there is none."""
+    return amax((miss / at_zero).clamp_min_(0)) * 1.01
 
 
 def prove_points(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding: Rounding) -> Enclosure:
@@ -137,19 +145,19 @@ def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """(batch,) bound on max_i |value - z*|_i / z*_i from lower <= z* <= upper, rounded up; 0/0 counts 0."""
     value = value.to(lower.dtype)
     gap = torch.maximum(upper - value, value - lower)
-    ratio = torch.where(gap <= 0, 0.0, gap / lower)
-    bound = amax(ratio) * (1 + 8 * unit_roundoff(lower.dtype))
-    return torch.where(bound.isnan(), torch.inf, bound)
+    bound = amax(gap.div_(lower.clamp_min(torch.finfo(lower.dtype).tiny))) * (1 + 8 * unit_roundoff(lower.dtype))
+    # Without a positive lower bound there is no relative one, unless nothing is between them. NaN compares false.
+    return torch.where((amin(lower) > 0) & (bound >= 0) | (bound == 0), bound, torch.inf)
 
 
 def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The tightest bounds in `dtype` around [lower, upper]."""
+    """Bounds in `dtype` around [lower, upper], two units in the last place wider at most."""
     if dtype == lower.dtype:
         return lower, upper
-    low, high = lower.to(dtype), upper.to(dtype)
-    low = torch.where(low.to(lower.dtype) > lower, torch.nextafter(low, torch.zeros_like(low)), low)
-    high = torch.where(high.to(upper.dtype) < upper, torch.nextafter(high, torch.full_like(high, torch.inf)), high)
-    return low, high
+    # A step outwards beyond the rounding, relative and for tiny numbers absolute.
+    slack, least = 4 * unit_roundoff(dtype), 2 * _smallest(dtype)
+    low = (lower * (1 - slack)).sub_(least).clamp_min_(0).to(dtype)
+    return low, (upper * (1 + slack)).add_(least).to(dtype)
 
 
 def check_injection(injection: Tensor, *, positive: bool) -> None:

@@ -191,13 +191,17 @@ class _Proving:
             proof, at_q, q = self._prove(None if whole else where, z, rho)
             self.steps = self.steps.index_add(0, where, torch.ones_like(where))
             best = proof if whole else _put(best, proof, where)
-            z, closer = self._closer(where, q, at_q, rate)
-            # Once more only where the correction promises much; the others need more steps first.
-            keep = (~self._accepted(proof) & (closer < 0.5 * rho)).nonzero().flatten()
+            keep = (~self._accepted(proof)).nonzero().flatten()
             if not keep.numel():
                 break
             whole = False
-            where, z, rho, rate = where[keep], z[keep], closer[keep], rate[keep]
+            where, rate, old = where[keep], rate[keep], rho[keep]
+            z, rho = self._closer(where, q[keep], at_q[keep], rate)
+            # Once more only where the correction promises much; the others need more steps first.
+            keep = (rho < 0.5 * old).nonzero().flatten()
+            where, z, rho, rate = where[keep], z[keep], rho[keep], rate[keep]
+            if not keep.numel():
+                break
         return best, first
 
     def _closer(self, where: Tensor, q: Tensor, at_q: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:

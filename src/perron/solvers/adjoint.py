@@ -212,7 +212,8 @@ class _Proof:
             flat = self.exact.linearize_at_fixed_point(upper, "lower")
             assert steep is not None
             assert flat is not None
-            return image * torch.where(steep.slope > 0, (steep.slope - flat.slope) / steep.slope, 0.0) * (1 + 1e-12)
+            share = (steep.slope - flat.slope) / steep.slope.clamp_min(torch.finfo(image.dtype).tiny)
+            return image * share * (1 + 1e-12)
         flat = self.exact.linearize(upper, self.injection.double(), "lower")
         return (image - flat.matvec(self.weights) * (1 - self.rounding)).clamp_min(0)
 

@@ -8,18 +8,24 @@ successive approximation methods" (1982).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perron.activations import Activation
+from perron.affine import ConvolutionStep
 from perron.cells import Chain
+from perron.solvers.mixing import Mixing
 
-__all__ = ["Aggregation"]
+__all__ = ["Aggregation", "ChannelAggregation"]
 
 # Newton steps for the scalar equation: it is concave, and the error of the model is far larger than theirs.
 _SCALAR_STEPS = 4
+# Steps for the single-channel equation of a convolution.
+_FIELD_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Aggregation:
             return None
         activation = chain.last_activation
         assert activation is not None
+        if (channels := ChannelAggregation.of_convolution(chain, state, activation)) is not None:
+            return channels
         ones = torch.ones_like(state[:1])
         image = chain.linear(ones)
         if image.shape != ones.shape:
@@ -55,6 +63,10 @@ class Aggregation:
         for step in reversed(chain.affine):
             columns = step.transpose(columns, ones.shape)
         return cls(rows, columns.flatten(), rows.sum().clamp_min(torch.finfo(rows.dtype).tiny), activation)
+
+    @property
+    def _scalar_steps(self) -> int:
+        return _SCALAR_STEPS
 
     def slope(self, value: Tensor) -> Tensor:
         """D, the derivative of the activation where its value is `value`."""
@@ -67,7 +79,7 @@ class Aggregation:
         weights, products = self.columns / self.total, self.columns * self.rows / self.total
         top = self.activation.supremum if self.activation.bounded else 1.0
         t = (weights.sum() * top).expand(len(flat))
-        for _ in range(_SCALAR_STEPS):
+        for _ in range(self._scalar_steps):
             z = self.activation(torch.addcmul(flat, self.rows, t.unsqueeze(1)))
             t = t + (z @ weights - t) / (1 - self.slope(z) @ products).clamp_min(0.05)
             t = t.clamp_min(0)
@@ -75,14 +87,103 @@ class Aggregation:
 
     def correct(self, value: Tensor, residual: Tensor) -> Tensor:
         """(I - D A)^{-1} residual in the model, D taken at the value of the activation."""
-        r = residual.flatten(1)
         steep = self.slope(value.flatten(1)) * self.rows
-        scale = (r @ self.columns) / (self.total - steep @ self.columns).clamp_min(1e-3 * self.total)
-        return torch.addcmul(r, steep, scale.unsqueeze(1)).view_as(residual)
+        return _rank_one(steep, self.columns, self.total, residual, self.columns, steep)
 
     def correct_adjoint(self, slope: Tensor, residual: Tensor) -> Tensor:
         """(I - A^T D)^{-1} residual in the model."""
-        r = residual.flatten(1)
         steep = slope.flatten(1) * self.rows
-        scale = (r * steep).sum(1) / (self.total - steep @ self.columns).clamp_min(1e-3 * self.total)
-        return torch.addcmul(r, self.columns, scale.unsqueeze(1)).view_as(residual)
+        return _rank_one(steep, self.columns, self.total, residual, steep, self.columns)
+
+
+def _rank_one(steep: Tensor, columns: Tensor, total: Tensor, residual: Tensor, onto: Tensor, along: Tensor) -> Tensor:
+    """residual + along (onto . residual)/(total - steep . columns), per sample."""
+    r = residual.flatten(1)
+    projected = r @ onto if onto.dim() == 1 else torch.linalg.vecdot(r, onto)
+    scale = projected / (total - steep @ columns).clamp_min(1e-3 * total)
+    return torch.addcmul(r, along, scale.unsqueeze(1)).view_as(residual)
+
+
+@dataclass(frozen=True)
+class ChannelAggregation(Aggregation):
+    """The model of a convolution: r[o] c[i] t[offset]/s for its kernel.
+
+    Attributes:
+        r, c: (channels,) sums of the kernel over inputs and offsets, and over outputs and offsets.
+        taps: (1, 1, *kernel) sums over channels, divided by their total s.
+        sum: s.
+    """
+
+    r: Tensor
+    c: Tensor
+    taps: Tensor
+    sum: Tensor
+
+    @property
+    def _scalar_steps(self) -> int:
+        # The scalar says little of a field: it is a beginning only.
+        return 2
+
+    @classmethod
+    def of_convolution(cls, chain: Chain, state: Tensor, activation: Activation) -> ChannelAggregation | None:
+        step = chain.affine[0]
+        if len(chain.affine) != 1 or not isinstance(step, ConvolutionStep) or not step.keeps_shape():
+            return None
+        weight = step.weights[0]
+        flat = weight.flatten(2)
+        total = flat.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        taps = (flat.sum((0, 1)) / total).view(1, 1, *weight.shape[2:])
+        r, c = flat.sum((1, 2)), flat.sum((0, 2))
+        one = torch.ones_like(state[:1, :1])
+        over, under = _convolve(one, taps, False), _convolve(one, taps, True)
+        outer = [-1] + [1] * (state.dim() - 2)
+        rows = (r.view(outer) * over[0]).flatten()
+        columns = (c.view(outer) * under[0]).flatten()
+        # The sum of all entries of A, those cut off at the border left out.
+        return cls(rows, columns, total * over.sum(), activation, r, c, taps, total)
+
+    def to(self, dtype: torch.dtype) -> ChannelAggregation:
+        parts: dict[str, Any] = {k: v.to(dtype) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **parts)
+
+    def correct(self, value: Tensor, residual: Tensor) -> Tensor:
+        """(I - D A)^{-1} residual in the model."""
+        steep = self._per_channel(self.r) * self.slope(value)
+        return self._solve(steep, self._contract(self.c, residual), residual, self._contract(self.c, steep), False)
+
+    def correct_adjoint(self, slope: Tensor, residual: Tensor) -> Tensor:
+        """(I - A^T D)^{-1} residual in the model."""
+        steep = self._per_channel(self.r) * slope
+        onto = (steep * residual).sum(1, keepdim=True)
+        along = self._per_channel(self.c)
+        return self._solve(along, onto, residual, self._contract(self.c, steep), True)
+
+    def _solve(self, along: Tensor, onto: Tensor, residual: Tensor, mass: Tensor, transposed: bool) -> Tensor:
+        """residual + along T a/s, where a = onto + (mass/s) T a."""
+        mass = mass / self.sum
+        one = torch.ones_like(onto[:1])
+        rows, columns = (_convolve(one, self.taps, t).flatten() for t in (transposed, not transposed))
+        steep = mass.flatten(1) * rows
+        mixing, a = Mixing(_FIELD_STEPS), torch.zeros_like(onto)
+        left = onto
+        for k in range(_FIELD_STEPS):
+            a = mixing(a, _rank_one(steep, columns, rows.sum(), left, columns, steep))
+            image = _convolve(a, self.taps, transposed)
+            if k + 1 < _FIELD_STEPS:
+                left = torch.addcmul(onto, mass, image) - a
+        return torch.addcmul(residual, along.expand_as(residual), image / self.sum)
+
+    def _per_channel(self, t: Tensor) -> Tensor:
+        return t.view(1, -1, *[1] * (self.taps.dim() - 2))
+
+    @staticmethod
+    def _contract(weights: Tensor, field: Tensor) -> Tensor:
+        """Sum over channels: (batch, channels, ...) -> (batch, 1, ...)."""
+        return (weights @ field.flatten(2)).view(len(field), 1, *field.shape[2:])
+
+
+def _convolve(field: Tensor, taps: Tensor, transposed: bool) -> Tensor:
+    """The taps, or their transpose, on a (batch, 1, ...) field, zero outside."""
+    taps = taps.flip(list(range(2, taps.dim()))) if transposed else taps
+    convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[taps.dim() - 3]
+    return convolution(field, taps, padding=[(k - 1) // 2 for k in taps.shape[2:]])

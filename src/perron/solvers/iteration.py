@@ -22,7 +22,7 @@ from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 __all__ = ["Found", "Method", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
-_RATES, _BLIND = (0.02, 1.0), 8
+_RATES, _BLIND = (0.04, 1.0), 8
 # A candidate should be this much closer than the goal: a proof that fails costs more than a step.
 _MARGIN = 2
 

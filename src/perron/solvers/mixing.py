@@ -8,10 +8,13 @@ to a thousandth, are left out, which regularises the least-squares problem.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from perron.solvers.aggregation import Aggregation
+if TYPE_CHECKING:
+    from perron.solvers.aggregation import Aggregation
 
 __all__ = ["Mixed", "Mixing"]
 
