@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow format soundness evaluations clean
+.PHONY: demo test lint slow format soundness evaluations bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,14 @@ soundness: .venv/installed
 
 evaluations: .venv/installed
 	$(BIN)/python benchmarks/evaluations.py --output benchmarks/results/evaluations.json
+
+# Beside torchdeq, which only this needs. About forty minutes; DATA=DIR names a folder with MNIST.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/speed.py --output benchmarks/results/speed.json
+	$(BIN)/python benchmarks/scaling.py --output benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/training.py $(if $(DATA),--data-dir $(DATA)) --output benchmarks/results/training.json
+	$(BIN)/python benchmarks/report.py benchmarks/results
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ __all__ = [
     "learning_curves",
     "solver_steps",
     "spectral_radius",
+    "svg",
     "widths",
 ]
 
@@ -39,7 +40,8 @@ _STYLE: Any = {
 }
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.4, 3.4)) -> str:
+def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.4, 3.4)) -> str:
+    """What `draw` puts on a pair of axes, as SVG text in the report's style."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
@@ -86,7 +88,7 @@ def learning_curves(rows: Rows) -> str | None:
             fontsize=9,
         )
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def solver_steps(rows: Rows) -> str | None:
@@ -100,7 +102,7 @@ def solver_steps(rows: Rows) -> str | None:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def spectral_radius(rows: Rows) -> str | None:
@@ -115,7 +117,7 @@ def spectral_radius(rows: Rows) -> str | None:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _histogram(evaluation: Evaluation, key: str, title: str, label: str) -> str | None:
@@ -135,7 +137,7 @@ def _histogram(evaluation: Evaluation, key: str, title: str, label: str) -> str 
         if len(layers) > 1:
             axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def certified_error(evaluation: Evaluation) -> str | None:
@@ -160,7 +162,7 @@ def effective_depth(evaluation: Evaluation) -> str | None:
         axes.set(xlabel="solve cut to this many evaluations of f", ylabel="accuracy, %", title="Effective depth")
         axes.margins(y=0.18)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def confusion(evaluation: Evaluation, classes: Sequence[str]) -> str | None:
@@ -191,4 +193,4 @@ def confusion(evaluation: Evaluation, classes: Sequence[str]) -> str | None:
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
 
-    return _svg(draw, (5.4, 5.0))
+    return svg(draw, (5.4, 5.0))

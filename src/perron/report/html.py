@@ -10,7 +10,7 @@ from typing import Any
 
 from perron.report import figures
 
-__all__ = ["write_report"]
+__all__ = ["grid", "write_page", "write_report"]
 
 _CSS = """
 :root { color-scheme: light; --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --paper: #ffffff; --back: #f8fafc; }
@@ -59,21 +59,32 @@ def write_report(
         "<h2>What is proven</h2>",
         f"<div class='card'><pre>{escape(evaluation['certificate'])}</pre></div>",
         "<h2>Training</h2>",
-        _grid(figures.learning_curves(history), figures.solver_steps(history), figures.spectral_radius(history)),
+        grid(figures.learning_curves(history), figures.solver_steps(history), figures.spectral_radius(history)),
         "<h2>Equilibrium</h2>",
-        _grid(figures.certified_error(evaluation), figures.widths(evaluation), figures.effective_depth(evaluation)),
+        grid(figures.certified_error(evaluation), figures.widths(evaluation), figures.effective_depth(evaluation)),
         "<p>Effective depth: the same weights, with every solve cut to so many evaluations of f from zero. One evaluation "
         "is the network without its equilibrium, f(0). Where the curve is flat, the equilibrium does nothing.</p>",
         _layers(evaluation),
         "<h2>Predictions</h2>",
-        _grid(figures.confusion(evaluation, classes)),
+        grid(figures.confusion(evaluation, classes)),
         "<h2>Reproduce</h2>",
         _provenance(provenance),
     ]
+    return write_page(path, title, "".join(body))
+
+
+def write_page(path: Path, title: str, body: str) -> Path:
+    """Write one self-contained page with the report's style, and return its path.
+
+    Args:
+        path: of the HTML file; it is replaced whole or not at all.
+        title: plain text.
+        body: HTML.
+    """
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)} - Perron</title><style>{_CSS}</style></head><body><main>{''.join(body)}</main></body></html>"
+        f"<title>{escape(title)} - Perron</title><style>{_CSS}</style></head><body><main>{body}</main></body></html>"
     )
     partial = path.with_suffix(".part")
     partial.write_text(page, encoding="utf-8")
@@ -106,7 +117,8 @@ def _tiles(evaluations: dict[str, dict[str, Any]], history: list[dict[str, float
     return f"<div class='tiles'>{''.join(tiles)}</div>"
 
 
-def _grid(*pictures: str | None) -> str:
+def grid(*pictures: str | None) -> str:
+    """Pictures side by side, as many as there is room for."""
     return "<div class='grid'>" + "".join(f"<div class='card'>{p}</div>" for p in pictures if p) + "</div>"
 
 
