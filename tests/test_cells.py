@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+
+from perron.activations import ACTIVATIONS
+from perron.cells import Activate, Inject, trace
+from perron.structured import DiagonalLowRank
+
+
+def nonnegative(cell: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.abs_()
+    return cell
+
+
+@pytest.mark.parametrize("name", [a.name for a in ACTIVATIONS.values() if a.derivative_of_value is not None])
+def test_slopes_from_values_are_bounds(name: str) -> None:
+    """In float32 against the same formula in float64, at the very same values."""
+    chain = trace(nonnegative(nn.Sequential(nn.Linear(8, 8, bias=False), Inject(), Activate(name))))
+    activation = ACTIVATIONS[name]
+    value = activation(10 ** (8 * torch.rand(2000, 8) - 6))
+    exact = activation.derivative_of_value(value.double())
+    upper = chain.linearize_at_fixed_point(value, "upper").slope.double()
+    lower = chain.linearize_at_fixed_point(value, "lower").slope.double()
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    assert (upper - lower).max() <= 1e-5 * activation.slope_at_zero
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.Sequential(nn.Linear(4, 4), Inject(), nn.Tanh()),
+        nn.Sequential(Inject(), nn.Linear(4, 4, bias=False), nn.Sigmoid()),
+        nn.Sequential(nn.Linear(4, 6), nn.Softsign(), nn.Linear(6, 4, bias=False), Inject(), Activate("erf")),
+        nn.Sequential(DiagonalLowRank(4, 2, bias=True), Inject(), Activate("log1p")),
+        nn.Sequential(nn.Linear(4, 4), Inject()),
+    ],
+)
+def test_pullback_is_that_of_autograd(cell: nn.Module) -> None:
+    chain = trace(nonnegative(cell.double()))
+    z, b, g = (torch.rand(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    value = chain(z, b)
+    inputs = (b, *chain.tensors)
+    expected = torch.autograd.grad(value, inputs, g, create_graph=True)
+    found = chain.pullback(z, b, g)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    second = torch.autograd.grad(sum(a.square().sum() for a in found), (z, b, g, *chain.tensors), allow_unused=True)
+    reference = torch.autograd.grad(
+        sum(e.square().sum() for e in expected), (z, b, g, *chain.tensors), allow_unused=True
+    )
+    for a, e in zip(second, reference, strict=True):
+        torch.testing.assert_close(a, e) if e is not None else None
+    some = chain.pullback(z, b, g, [False] + [True] * len(chain.tensors))
+    assert some[0] is None
+    assert all(t is not None for t in some[1:])
