@@ -24,6 +24,8 @@ __all__ = ["Aggregation", "ChannelAggregation"]
 
 # Newton steps for the scalar equation: it is concave, and the error of the model is far larger than theirs.
 _SCALAR_STEPS = 4
+# Power steps that estimate what the model leaves out.
+_POWER_STEPS = 4
 # Steps for the single-channel equation of a convolution.
 _FIELD_STEPS = 4
 
@@ -63,6 +65,18 @@ class Aggregation:
         for step in reversed(chain.affine):
             columns = step.transpose(columns, ones.shape)
         return cls(rows, columns.flatten(), rows.sum().clamp_min(torch.finfo(rows.dtype).tiny), activation)
+
+    def mismatch(self, chain: Chain, state: Tensor) -> float:
+        """About how much slower than the model's own mode the rest of A decays: |second| over first eigenvalue."""
+        x = torch.ones_like(self.rows)
+        x[::2] = -1
+        growth = x.new_ones(())
+        for _ in range(_POWER_STEPS):
+            y = chain.linear(x.view_as(state[:1])).flatten() - self.rows * (self.columns @ x) / self.total
+            growth = y.norm()
+            x = y / growth.clamp_min(torch.finfo(y.dtype).tiny)
+        own = (self.columns @ self.rows) / self.total
+        return float(growth / own.clamp_min(torch.finfo(own.dtype).tiny))
 
     @property
     def _scalar_steps(self) -> int:

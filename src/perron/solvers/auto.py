@@ -19,6 +19,9 @@ __all__ = ["Auto"]
 
 # Steps before Picard takes over; and Picard steps on a map without structure before its rate is judged.
 _STEPS, _TRIAL = 14, 6
+# Multiplications of a product below which its overhead counts more; mismatch of the rank-one model beyond which Picard
+# tries first; and how many steps it may take.
+_SMALL, _POOR, _FEW = 10_000_000, 0.4, 30
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Auto(Accelerated):
     """Chooses the method from the structure of the cell and the residual ratio it sees.
 
     Certified cells with one activation, at their end, take aggregation steps mixed after Anderson, which reach the fixed
-    point in a few evaluations however hard the map is for Picard; other certified cells take `Picard`, which
-    extrapolates. Maps without structure take Picard steps, and `Anderson` steps where those converge slowly.
+    point in a few evaluations however hard the map is for Picard. Where the cell is small and far from rank one, and for
+    other certified cells, `Picard` tries first, which extrapolates and whose steps are cheap. Maps without structure take
+    Picard steps, and `Anderson` steps where those converge slowly.
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
@@ -48,9 +52,29 @@ class Auto(Accelerated):
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         chain = problem.map
-        if self.encloses(problem) and isinstance(chain, Chain) and not Aggregation.possible(chain):
-            return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps).solve(problem, z0)
+        if not (self.encloses(problem) and isinstance(chain, Chain)):
+            return super()._solve(problem, z0)
+        picard = Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps)
+        if not Aggregation.possible(chain):
+            return picard.solve(problem, z0)
+        if self.steps is None and self._simple_steps_pay(chain, problem.injection):
+            few = min(_FEW, self.max_steps)
+            found = replace(picard, max_steps=few).solve(problem, z0)
+            left = (~found.converged).nonzero().flatten()
+            if few < self.max_steps and left.numel():
+                rest = replace(self, max_steps=self.max_steps - few)
+                found = found.merged(super(Auto, rest)._solve(problem.select(left), None), left)
+            return found
         return super()._solve(problem, z0)
+
+    @staticmethod
+    def _simple_steps_pay(chain: Chain, injection: Tensor) -> bool:
+        """Whether a step's cost is its overhead rather than its products, and the model too poor to save many steps."""
+        work = injection.numel() * sum(step.terms for step in chain.affine)
+        if not 0 < work < _SMALL:
+            return False
+        model = Aggregation.of(chain, injection)
+        return model is not None and model.mismatch(chain, injection) > _POOR
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Picard steps first: a map on which they are fast needs nothing else."""

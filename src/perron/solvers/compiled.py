@@ -26,9 +26,9 @@ __all__ = ["Compiled"]
 
 logger = logging.getLogger(__name__)
 
-# Uncompiled solves of a problem's shape before it is compiled; most steps worth compiling; solves in a row with samples
-# left over after which it is compiled again, with more steps; and how often at most.
-_SIGHTINGS, _MOST, _PATIENCE, _COMPILATIONS = 2, 14, 4, 3
+# Uncompiled solves of a problem's shape before it is compiled; least and most steps of a compiled solve; solves in a row with samples
+# left over after which it is compiled again, with so many more steps; and how often at most.
+_SIGHTINGS, _LEAST, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 9, 22, 4, 6, 3
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
@@ -47,9 +47,9 @@ class _Plan:
 
     def observe(self, steps: Tensor) -> bool:
         """Whether to compile now, after a solve that took these steps."""
-        self.steps = max(self.steps, int(steps.max()))
+        self.steps = max(self.steps, min(max(int(steps.max()), _LEAST), _MOST))
         self.sightings += 1
-        ready = self.sightings >= _SIGHTINGS and self.steps <= _MOST and not self.refused
+        ready = self.sightings >= _SIGHTINGS and not self.refused
         self.compilations += ready
         return ready
 
@@ -138,7 +138,7 @@ class Compiled(Auto):
         """Samples left over too often: compile again with more steps."""
         plan.leftovers = plan.leftovers + 1 if leftover else 0
         if plan.leftovers >= _PATIENCE and plan.compilations < _COMPILATIONS:
-            plan.run, plan.leftovers, plan.steps = None, 0, plan.steps + 1
+            plan.run, plan.leftovers, plan.steps = None, 0, min(plan.steps + _MORE, _MOST)
 
     def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
         options = {f.name: getattr(self, f.name) for f in fields(Auto) if f.name not in ("steps", "on_failure")}

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from perron.nn import Equilibrium
-from perron.solvers import IterativeSolver
+from perron.solvers import IterativeSolver, Solution
 
 __all__ = ["Classifier", "equilibrium_layers"]
+
+# Of these an epoch has the largest value, not the mean; and training steps between two values on the progress line.
+_LARGEST, _SHOW_EVERY = ("error_bound", "adjoint_error_bound"), 10
 
 
 def equilibrium_layers(module: nn.Module) -> list[tuple[str, Equilibrium]]:
@@ -50,8 +53,10 @@ class Classifier(L.LightningModule):
         self.model = model
         self.learning_rate, self.weight_decay, self.certify_training = learning_rate, weight_decay, certify_training
         self.accuracy = nn.ModuleDict(
-            {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
+            {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("val", "test")}
         )
+        self._tally: dict[str, list[Tensor]] = {}
+        self._sizes: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -75,45 +80,77 @@ class Classifier(L.LightningModule):
         self._verify_in(torch.float64)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        return self._step(batch, "train", on_step=True)
+        x, y = batch
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        now = {"loss": loss.detach(), "acc": (logits.argmax(1) == y).float().mean(), **self._forward_facts()}
+        self._note(now, len(y), index)
+        return loss
+
+    def on_after_backward(self) -> None:
+        adjoints = [s.adjoint for s in self._solutions() if s.adjoint]
+        if adjoints:
+            steps = torch.stack([a.steps.float().mean() for a in adjoints]).sum()
+            error = torch.stack([a.error_bound.max() for a in adjoints]).max().float()
+            self._tally.setdefault("backward_steps", []).append(steps)
+            self._tally.setdefault("adjoint_error_bound", []).append(error)
+
+    def on_train_epoch_end(self) -> None:
+        if not self._tally:
+            return
+        weights = torch.tensor(self._sizes, dtype=torch.float32, device=self.device)
+        for name, values in self._tally.items():
+            stacked = torch.stack(values).float()
+            whole = stacked.max() if name in _LARGEST else (stacked * weights).sum() / weights.sum()
+            self.log(f"train_{name}" + ("" if name in _LARGEST else "_epoch"), whole)
+        self._tally, self._sizes = {}, []
+
+    def _note(self, values: dict[str, Tensor], size: int, index: int) -> None:
+        """Keep the values of a training step for the mean of its epoch; show some of them.
+
+        Lightning's own bookkeeping of a step takes longer than the step of a small network.
+        """
+        self._sizes.append(size)
+        for name, value in values.items():
+            self._tally.setdefault(name, []).append(value)
+        if index % _SHOW_EVERY == 0:
+            shown = {f"train_{name}_step": value.float() for name, value in values.items()}
+            if backward := self._tally.get("backward_steps"):
+                shown["train_backward_steps_step"] = backward[-1]
+            self.log_dict(shown, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+
+    def _solutions(self) -> list[Solution]:
+        return [s for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None]
+
+    def _forward_facts(self) -> dict[str, Tensor]:
+        """Evaluations of f per sample, all layers together, and the largest certified error."""
+        solutions = self._solutions()
+        if not solutions:
+            return {}
+        return {
+            "forward_steps": torch.stack([s.steps.float().mean() for s in solutions]).sum(),
+            "error_bound": torch.stack([s.error_bound.max() for s in solutions]).max().float(),
+        }
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._step(batch, "val", on_step=False)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._step(batch, "test", on_step=False)
+        self._evaluate(batch, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         return self.model(batch[0]).argmax(1)
 
-    def _step(self, batch: tuple[Tensor, Tensor], prefix: str, *, on_step: bool) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], prefix: str) -> None:
         x, y = batch
         logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
         accuracy = self.accuracy[f"{prefix}_accuracy"]
         accuracy(logits, y)
-        shown: dict[str, Any] = {"prog_bar": True, "on_step": on_step, "on_epoch": True, "batch_size": len(y)}
-        self.log(f"{prefix}_loss", loss, **shown)
-        self.log(f"{prefix}_acc", accuracy, **shown)  # type: ignore[arg-type]
-        solutions = [s for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None]
-        if solutions:
-            steps = torch.stack([s.steps.float().mean() for s in solutions]).sum()
-            error = torch.stack([s.error_bound.max() for s in solutions]).max()
-            self.log(f"{prefix}_forward_steps", steps, **{**shown, "prog_bar": on_step})
-            self.log(f"{prefix}_error_bound", error.float(), reduce_fx="max", **{**shown, "prog_bar": on_step})
-        return loss
-
-    def on_after_backward(self) -> None:
-        adjoints = [
-            s.adjoint
-            for _, layer in equilibrium_layers(self.model)
-            if (s := layer.last_solution) is not None and s.adjoint
-        ]
-        if adjoints:
-            steps = torch.stack([a.steps.float().mean() for a in adjoints]).sum()
-            self.log("train_backward_steps", steps, prog_bar=True, on_step=True, on_epoch=True)
-            error = torch.stack([a.error_bound.max() for a in adjoints]).max().float()
-            self.log("train_adjoint_error_bound", error, on_step=False, on_epoch=True, reduce_fx="max")
+        shown: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(y)}
+        self.log(f"{prefix}_loss", F.cross_entropy(logits, y), prog_bar=True, **shown)
+        self.log(f"{prefix}_acc", accuracy, prog_bar=True, **shown)  # type: ignore[arg-type]
+        for name, value in self._forward_facts().items():
+            self.log(f"{prefix}_{name}", value, reduce_fx="max" if name in _LARGEST else "mean", **shown)
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.dim() > 1]
