@@ -333,7 +333,7 @@ def measure(case: Case, seconds: float, *, compiled: bool) -> dict[str, Any]:
     for name in RIVALS:
         rival = Rival(case, name)
         try:
-            if rival.calibrate(goal, patience=12 * seconds):
+            if rival.calibrate(goal, patience=max(12 * seconds, 90)):
                 contestants[name] = rival
             rows[name] = {"reached": name in contestants, **rival.check()}
         except RuntimeError as error:

@@ -26,8 +26,8 @@ __all__ = ["Compiled"]
 
 logger = logging.getLogger(__name__)
 
-# Uncompiled solves of a problem's shape before it is compiled; least and most steps of a compiled solve; solves in a row with samples
-# left over after which it is compiled again, with so many more steps; and how often at most.
+# Uncompiled solves of a problem's shape before it is compiled; least and most steps of a compiled solve; solves in a row
+# with samples left over after which it is compiled again, with so many more steps; and how often at most.
 _SIGHTINGS, _LEAST, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 9, 22, 4, 6, 3
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
