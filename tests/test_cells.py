@@ -28,6 +28,14 @@ def test_slopes_from_values_are_bounds(name: str) -> None:
     assert (upper - lower).max() <= 1e-5 * activation.slope_at_zero
 
 
+@pytest.mark.parametrize("name", ["softsign", "arctan"])
+def test_bounds_rounded_out_of_the_range_bound_saturated_slopes(name: str) -> None:
+    """(1 - s)^2 and cos(s)^2 rise again beyond the supremum: the lower slope there must be the one at it, zero."""
+    chain = trace(nonnegative(nn.Sequential(nn.Linear(1, 1, bias=False), Inject(), Activate(name))))
+    beyond = torch.full((1, 1), ACTIVATIONS[name].supremum, dtype=torch.float64) + 1e-4
+    assert float(chain.linearize_at_fixed_point(beyond, "lower").slope) <= 1e-15
+
+
 @pytest.mark.parametrize(
     "cell",
     [

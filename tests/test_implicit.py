@@ -132,6 +132,19 @@ def test_adjoint_bound_in_closed_form() -> None:
     assert abs(float(b.grad) - 10) / 10 <= float(adjoint.error_bound)
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-42, 1e-45])
+def test_a_gradient_that_underflows_is_not_certified_as_exact(scale: float) -> None:
+    """z = w z + b in float32: g = v/(1 - w), rounded to the spacing of denormal numbers."""
+    layer = dense_layer(torch.tensor([[0.3]]), "identity", solver=Picard(on_failure="ignore"))
+    b = torch.ones(1, 1, requires_grad=True)
+    value = layer(b)
+    v = torch.full_like(value, scale)
+    (found,) = torch.autograd.grad(value, b, v)
+    exact = float(v) / (1 - float(layer.cell[0].weight))
+    adjoint = layer.last_solution.adjoint
+    assert abs(float(found) - exact) / max(float(found), 1e-300) <= float(adjoint.error_bound) * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e-7, 1.0, 1e12])
 def test_gradient_is_relative_to_the_scale_of_the_loss(scale: float) -> None:
     layer = PositiveConcaveLinear(5, 6).double()

@@ -218,6 +218,9 @@ class Chain:
         activation = self.last_activation
         if not self.single or len(self.affine) != 1 or activation is None or activation.derivative_of_value is None:
             return None
+        if side is not None:
+            # Rounding outwards may have left the range of sigma, where the slope is not a function of the value.
+            value = value.clamp(activation.at_zero, activation.supremum)
         diagonal = activation.derivative_of_value(value)
         if side is not None:
             error = activation.ulps * unit_roundoff(value.dtype) * activation.slope_at_zero

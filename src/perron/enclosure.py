@@ -151,7 +151,7 @@ def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bounds in `dtype` around [lower, upper], two units in the last place wider at most."""
+    """Bounds in `dtype` around [lower, upper], a few units in the last place wider."""
     if dtype == lower.dtype:
         return lower, upper
     # A step outwards beyond the rounding, relative and for tiny numbers absolute.

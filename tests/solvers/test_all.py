@@ -295,3 +295,39 @@ def test_stopping_by_residual(solver) -> None:
     solution = layer.solve(x)
     assert solution.stopping == "residual"
     torch.testing.assert_close(solution.value.double(), truth(layer, layer.injected(x).detach()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_steps", [3, 4, 5, 8])
+def test_few_steps_still_enclose(solver, max_steps: int) -> None:
+    layer = dense_layer(torch.rand(8, 8), "tanh", solver=replace(solver, max_steps=max_steps, on_failure="ignore"))
+    b = torch.rand(4, 8) + 0.01
+    solution = layer.solve(b)
+    exact = truth(layer, b)
+    assert solution.stopping == "enclosure"
+    proven = solution.proven
+    assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double()))[proven].all()
+
+
+def test_nothing_is_uncertified_in_an_empty_batch(solver) -> None:
+    solution = PositiveConcaveLinear(5, 7, solver=solver).solve(torch.randn(0, 5))
+    assert solution.stopping == "enclosure"
+    assert solution.certified
+
+
+def test_a_solve_of_its_own_under_autocast(solver) -> None:
+    """Autocast must not reach the products of a proof."""
+    layer = dense_layer(torch.rand(30, 30) / 20, "tanh")
+    b = torch.rand(6, 30) + 0.01
+    problem = FixedPointProblem(trace(layer.cell), b, True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = solver.solve(problem)
+    exact = truth(layer, b)
+    assert solution.converged.all()
+    assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
+
+
+def test_fixed_steps_of_maps_without_structure_wait_for_nothing() -> None:
+    problem = FixedPointProblem(as_map(Rotation())[0], torch.randn(3, 4))
+    with torch.no_grad(), Waits() as waits:
+        Auto(steps=7, on_failure="ignore").solve(problem)
+    assert waits.count == 0

@@ -77,21 +77,6 @@ def test_an_unfinished_solve_still_encloses() -> None:
     assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
 
 
-def test_residual_stop_for_maps_without_structure() -> None:
-    class Rotation(nn.Module):
-        def forward(self, z, x):
-            return 0.5 * z.roll(1, 1) + x
-
-    layer = Equilibrium(Rotation(), solver=Picard(tol=1e-6))
-    x = torch.randn(3, 4)
-    solution = layer.solve(x)
-    torch.testing.assert_close(solution.value, 0.5 * solution.value.roll(1, 1) + x, rtol=1e-4, atol=1e-5)
-    assert solution.stopping == "residual"
-    assert solution.lower is None
-    assert not solution.certified
-    assert solution.error_bound.isinf().all()
-
-
 def test_divergence_is_reported() -> None:
     class Doubling(nn.Module):
         def forward(self, z, x):

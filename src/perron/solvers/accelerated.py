@@ -34,6 +34,8 @@ __all__ = ["Accelerated", "Origin"]
 # Proofs tried on what the steps found, each from the exact residual that the one before has left; and searches in the
 # precision of the proof for samples that are not proven yet.
 _PROOFS, _SEARCHES = 3, 2
+# Evaluations with which this is worth beginning.
+_LEAST = 5
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Accelerated(IterativeSolver):
         return evaluations
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        if not (self.encloses(problem) and problem.injection.numel() and self.limit >= 5):
+        if not self.encloses(problem):
             return self._observe(problem, z0)
+        if self.limit < _LEAST or not problem.injection.numel():
+            return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore").solve(problem, z0)
         found = _Proving(self, problem, z0).run()
         left = None if self.steps is not None else (~found.converged).nonzero().flatten()
         if left is not None and left.numel():

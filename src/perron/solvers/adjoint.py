@@ -155,7 +155,7 @@ def adjoint_in_steps(
     found = _iterate(problem, model, slope, rule)
     g, residual, bound = proof.finish(z, found.candidate, v)
     measure = residual / margin
-    return g.to(v.dtype), AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
+    return g, AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
 
 
 def _linearized(map: Map, z: Tensor, injection: Tensor) -> Linearization:
@@ -219,22 +219,23 @@ class _Proof:
 
     def finish(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """g, the candidate improved by one product; (batch,) its residual, and the bound on ||g - g*||_w / ||g||_w."""
-        c, v, dtype = candidate.double(), v.double(), v.dtype
-        g = _linearized(self.exact, z.double(), self.injection.double()).rmatvec(c) + v
-        norm, size = _norm(self.weights, g), _norm(self.weights, c)
-        residual = _norm(self.weights, g - c)
+        c, exact_v, w = candidate.double(), v.double(), self.weights
+        exact = _linearized(self.exact, z.double(), self.injection.double()).rmatvec(c) + exact_v
+        g = exact.to(v.dtype)
+        norm, residual = _norm(w, g.double()), _norm(w, exact - c)
         entries = g[0].numel()
         total = self.kappa * residual + torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
-        noise = self.exact_rounding * (size + norm + _norm(self.weights, v)) + torch.where(
-            norm > 0, 1e-290 * entries, 0.0
-        )
-        bound = (total + noise) / (1 - self.kappa) / norm
-        # The returned g is rounded to the precision of v; the last factor is for the norms themselves.
-        bound = (bound + unit_roundoff(dtype)) * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
-        bound = torch.where((norm == 0) & (total == 0), 0.0, bound)
+        # Underflow of single products is absolute; the rest is relative to what was summed.
+        noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v))
+        noise = noise + torch.where(norm > 0, 1e-290 * entries, 0.0)
+        rounded = _norm(w, exact - g.double())
+        bound = ((total + noise) / (1 - self.kappa) + rounded) / norm
+        # The last factor is for the norms themselves.
+        bound = bound * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
+        bound = torch.where((norm == 0) & (total == 0) & (rounded == 0), 0.0, bound)
         proven = (self.kappa < 1) & all_finite(g) & torch.isfinite(bound)
         relative = torch.where(norm > 0, residual / norm, residual)
-        return g, relative.to(dtype), torch.where(proven, bound, math.inf)
+        return g, relative.to(v.dtype), torch.where(proven, bound, math.inf)
 
 
 def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:

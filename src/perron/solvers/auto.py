@@ -78,13 +78,15 @@ class Auto(Accelerated):
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Picard steps first: a map on which they are fast needs nothing else."""
+        if self.steps is not None:
+            return super()._observe(problem, z0)
         trial = min(_TRIAL, self.limit)
-        first = solve_by_residual(replace(self, max_steps=trial, steps=None), problem, None, z0)
+        first = solve_by_residual(replace(self, max_steps=trial), problem, None, z0)
         left = (~first.converged).nonzero().flatten()
         if not left.numel() or trial == self.limit:
             return first
         rest = problem.select(left)
         slow = bool(first.rate[left].median() > 0.3)
         method = self.method(rest, None)[0] if slow else None
-        budget = replace(self, max_steps=self.limit - trial, steps=None)
+        budget = replace(self, max_steps=self.limit - trial)
         return first.merged(solve_by_residual(budget, rest, method, first.value[left]), left)

@@ -218,7 +218,9 @@ class IterativeSolver(ABC):
             if z0.shape != problem.injection.shape:
                 raise ValueError(f"z0 has shape {tuple(z0.shape)}, the injection {tuple(problem.injection.shape)}")
             z0 = z0.detach().to(problem.injection)
-        solution = self._solve(problem, z0)
+        # Autocast would compute the products of a proof in a coarser precision than it accounts for.
+        with torch.autocast(problem.injection.device.type, enabled=False):
+            solution = self._solve(problem, z0)
         measure = solution.error_bound if solution.stopping == "enclosure" else solution.residual
         report_failure(type(self).__name__, solution.converged, measure, self.tol, self.limit, self.on_failure)
         return solution

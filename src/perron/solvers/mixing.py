@@ -65,7 +65,7 @@ class Mixing:
             step = torch.addcmul(step, part, old_step, value=-1)
         left = step.norm(dim=1, keepdim=True)
         # What the window explains already up to rounding would only add noise.
-        scale = torch.where(left > 1e-3 * size, 1 / left, 0.0)
+        scale = torch.where((left > 1e-3 * size) & (left > torch.finfo(left.dtype).tiny), 1 / left, 0.0)
         if len(self._states) >= self.window:
             self._states, self._steps = self._states[-1:], self._steps[-1:]
         self._states.append(state * scale)

@@ -36,7 +36,7 @@ class MonotoneNewton(Accelerated):
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver. Krylov's products with J count
-            as evaluations.
+            as evaluations, beyond `steps` too, and it asks the device after each.
         linear: "batched" factorises I - D A for every sample, "chord" once for the batch with the mean of D, mixed after
             Anderson, "krylov" takes generalised conjugate residuals; "auto" chooses by the size of the state: up to 32,
             up to 1,024, and beyond. Cells whose Jacobian is not D A take Krylov steps.

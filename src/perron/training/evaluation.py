@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perron.certificates import certify, spectral_radius_bound
-from perron.solvers import IterativeSolver
+from perron.solvers import IterativeSolver, Picard, Solver
 from perron.training.module import equilibrium_layers
 
 __all__ = ["evaluate"]
@@ -20,18 +20,28 @@ CUTS = (1, 2, 4, 8, 16, 32)
 
 
 @contextmanager
-def _solvers(model: nn.Module, **changes: Any) -> Any:
-    """The model with changed solver options, restored afterwards."""
+def _solvers(model: nn.Module, change: Callable[[Solver], Solver]) -> Any:
+    """The model with changed solvers, restored afterwards."""
     layers = [layer for _, layer in equilibrium_layers(model)]
     before = [layer.solver for layer in layers]
     try:
         for layer in layers:
-            if isinstance(layer.solver, IterativeSolver):
-                layer.solver = replace(layer.solver, **changes)
+            layer.solver = change(layer.solver)
         yield
     finally:
         for layer, solver in zip(layers, before, strict=True):
             layer.solver = solver
+
+
+def _proving(solver: Solver) -> Solver:
+    if not isinstance(solver, IterativeSolver):
+        return solver
+    return replace(solver, verify=torch.float64, on_failure="ignore")
+
+
+def _cut(steps: int) -> Callable[[Solver], Solver]:
+    """Plain Picard steps, whatever the layer's own solver does: depth counts applications of f."""
+    return lambda _: Picard(tol=1e-30, max_steps=steps, stop="residual", on_failure="ignore")
 
 
 def _accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -56,7 +66,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
         n: {"error": [], "width": [], "steps": [], "depth": []} for n in names
     }
     proven = total = 0
-    with _solvers(model, verify=torch.float64, on_failure="ignore"):
+    with _solvers(model, _proving):
         for x, y in data:
             predicted = model(x).argmax(1)
             confusion += torch.bincount(y.cpu() * classes + predicted.cpu(), minlength=classes**2).reshape(
@@ -75,7 +85,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
         full = int(confusion.diag().sum()) / max(int(confusion.sum()), 1)
     depth = {}
     for cut in CUTS:
-        with _solvers(model, stop="residual", tol=1e-30, max_steps=cut, on_failure="ignore"):
+        with _solvers(model, _cut(cut)):
             depth[str(cut)] = _accuracy(model, data)
     return {
         "accuracy": full,
@@ -125,6 +135,6 @@ def _change(model: nn.Module, name: str, data: list[tuple[Tensor, Tensor]]) -> f
     if not captured:
         return float("nan")
     z = layer.solve(captured[0]).value
-    with _solvers(layer, stop="residual", tol=1e-30, max_steps=1, on_failure="ignore"):
+    with _solvers(layer, _cut(1)):
         first = layer.solve(captured[0]).value
     return float(((z - first).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1).clamp_min(1e-30)).mean())
