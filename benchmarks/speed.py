@@ -13,7 +13,9 @@ that reaches neither is shown as such.
 with backward it adds its adjoint products, one evaluation and the gradient of W. Times are medians over rounds in which
 every method runs once, in turn, on a fixed number of threads.
 
-    python benchmarks/speed.py --output benchmarks/results/speed.json [--full] [--budget 20]
+Cases that the output has already stay there unless they are measured again.
+
+    python benchmarks/speed.py --output benchmarks/results/speed.json [--full] [--missing]
 """
 
 from __future__ import annotations
@@ -140,8 +142,7 @@ def make_case(kind: str, size: int, image: int, batch: int, level: str, seed: in
     value = _accelerated(lambda z: torch.tanh(_linear(z, w64) + b64), torch.tanh(b64))
     slope = 1 - value.square()
     adjoint = _neumann(lambda g: _transposed(slope * g, w64), v.double())
-    label = f"dense {size}" if kind == "dense" else f"conv {size}x{image}x{image}"
-    name = f"{label}, batch {batch}, {level}"
+    name = named(kind, size, image, batch, level)
     return Case(name, weight, b, v, value, slope * adjoint, _picard_steps(weight, 10**high * few))
 
 
@@ -362,6 +363,11 @@ def grid(full: bool) -> list[tuple[str, int, int, int, str]]:
     return found
 
 
+def named(kind: str, size: int, image: int, batch: int, level: str) -> str:
+    label = f"dense {size}" if kind == "dense" else f"conv {size}x{image}x{image}"
+    return f"{label}, batch {batch}, {level}"
+
+
 def ratio(rows: dict[str, Any], key: str) -> tuple[float, str]:
     """Time of the best rival over that of Perron's default, and the rival's name."""
     times = {n: rows[n][key] for n in RIVALS if key in rows.get(n, {})}
@@ -399,6 +405,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--missing", action="store_true", help="only cases that the output does not have yet")
     parser.add_argument("--full", action="store_true", help="every width with every batch and level")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each case and direction")
     parser.add_argument("--threads", type=int, default=1)
@@ -407,7 +414,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
-    cases = [c for c in grid(arguments.full) if arguments.only in f"{c[0]} {c[1]}, batch {c[3]}, {c[4]}"]
+    cases = [c for c in grid(arguments.full) if arguments.only in named(*c)]
+    output: Path | None = arguments.output
+    kept = json.loads(output.read_text())["results"] if output and output.exists() else []
+    if arguments.missing:
+        cases = [c for c in cases if named(*c) not in {r["case"] for r in kept}]
+    order = [named(*c) for c in grid(True)]
     results: list[dict[str, Any]] = []
     for number, (kind, size, image, batch, level) in enumerate(cases, 1):
         begin = time.perf_counter()
@@ -416,16 +428,18 @@ def main() -> None:
         results.append(measure(case, arguments.seconds, compiled=not arguments.no_compile))
         print(table(results[-1:]).split("\n")[-1], flush=True)
         print(f"{number}/{len(cases)}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-        if arguments.output:
+        if output:
+            measured = {r["case"] for r in results}
+            every = results + [r for r in kept if r["case"] not in measured]
             record = {
                 "threads": arguments.threads,
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "target": TARGET,
-                "results": results,
+                "results": sorted(every, key=lambda r: order.index(r["case"])),
             }
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(results))
 
 

@@ -331,3 +331,16 @@ def test_fixed_steps_of_maps_without_structure_wait_for_nothing() -> None:
     with torch.no_grad(), Waits() as waits:
         Auto(steps=7, on_failure="ignore").solve(problem)
     assert waits.count == 0
+
+
+@pytest.mark.parametrize("make", [Auto, Anderson, MonotoneNewton])
+def test_enough_fixed_steps_prove_every_sample(make) -> None:
+    """On maps far from rank one a good candidate must not be lost between the steps and the proof."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weight = 0.02 * torch.rand(80, 80, generator=generator) ** 2
+        weight += torch.block_diag(*torch.rand(4, 20, 20, generator=generator))
+        b = nn.functional.softplus(2 * torch.randn(64, 80, generator=generator) - 1.5, beta=5)
+        weight *= 0.9 / torch.linalg.eigvals(weight).abs().max()
+        layer = dense_layer(weight, "tanh", solver=make(steps=24))
+        assert layer.solve(b).converged.all()

@@ -1,11 +1,13 @@
 """What Anderson, Newton, Broyden and aggregation share: fast steps in the layer's precision, then a proof.
 
-The proof needs one evaluation beyond the steps, and one crude one at p = f(0) in any precision. By concavity
+The proof needs one evaluation beyond the steps, and crude ones, in any precision, at p_1 = f(0), ..., p_{m-1} = f(p_{m-2}).
+With p_0 = 0 and their mean p, concavity gives
 
-    f(z + rho (2 z - p)) - (z + rho (2 z - p)) <= (1 + 2 rho)(f(z) - z) + rho (p - f(p) - f(0))
+    f(z + m rho (z - p)) - (z + m rho (z - p)) <= (1 + m rho)(f(z) - z) + rho sum_j (p_j - f(p_j)),
 
-so q = z + rho (2 z - p) is an upper bound as soon as f(z) - z <= rho f(p) entrywise, up to rounding and second order;
-whether it is one, f(q) decides. The lower bound is the chord from p/2 to q, since f(p/2) >= (f(p) + f(0))/2 > p/2.
+where the sum telescopes to -f(p_{m-1}). So q = z + m rho (z - p) is an upper bound as soon as f(z) - z <= rho f(p_{m-1})
+entrywise, up to rounding and second order; whether it is one, f(q) decides. The lower bound is the chord from p to q,
+since f(p) >= sum_j f(p_j)/m = p + f(p_{m-1})/m.
 
 Samples that rounding keeps from a proof take their steps in the precision of the proof; Picard, whose every step is a
 proof, gets what is left then.
@@ -34,6 +36,8 @@ __all__ = ["Accelerated", "Origin"]
 # Proofs tried on what the steps found, each from the exact residual that the one before has left; and searches in the
 # precision of the proof for samples that are not proven yet.
 _PROOFS, _SEARCHES = 3, 2
+# Part of the tolerance that a plain step from an exact residual may cost.
+_PLAIN = 1 / 8
 # Evaluations with which this is worth beginning.
 _LEAST = 5
 
@@ -103,25 +107,33 @@ class _Proving:
         self.chain: Chain = self.exact.map  # type: ignore[assignment]
         self.rounding = self.chain.rounding(self.dtype)
         self.low = problem.to(solver.precision or self.b.dtype)
+        # Farther points bound better what only long paths through W reach. In fixed steps there is one attempt only.
+        self.orbit = 2 if solver.steps is None else min(3, max(2, solver.steps - 6))
         self.origin, self.slack = self._evaluate_origin()
-        self.steps = torch.ones(len(self.b), dtype=torch.long, device=self.b.device)
+        self.steps = torch.full((len(self.b),), self.orbit - 1, dtype=torch.long, device=self.b.device)
 
     def _evaluate_origin(self) -> tuple[Origin, Tensor]:
-        """f at p = f(0), and from it p/2 with a proven lower bound of f(p/2) in the precision of the proof."""
+        """f along 0, f(0), ..., and from it their mean with a proven lower bound of f there, in the proof's precision."""
         chain, b = self.low.map, self.low.injection
         assert isinstance(chain, Chain)
         p = chain.at_zero(b)
         plain = chain.plainly() if self.proving else chain
         if plain is None:
-            at_p, rounding = self.chain(p.to(self.dtype), self.exact.injection), self.rounding
+            plain, b, rounding = self.chain, self.exact.injection, self.rounding
         else:
-            at_p, rounding = plain(p, b), plain.rounding(b.dtype)
+            rounding = plain.rounding(b.dtype)
         self.at_zero = self.chain.at_zero(self.exact.injection)
-        self.low_point = p.to(self.dtype) / 2
-        # f(p/2) >= (f(p) + f(0))/2; `prove` takes its own margin from f(0) and from the sum.
-        self.at_low_point = (_below(at_p.to(self.dtype), rounding) + _below(self.at_zero, self.rounding)) / 2
-        slack = at_p.to(b.dtype).clamp_min(torch.finfo(b.dtype).tiny)
-        return Origin(p, at_p.to(b.dtype), Aggregation.of(chain, p)), slack
+        at_p = last = plain(p.to(b.dtype), b)
+        points = p.to(self.dtype)
+        values = _below(self.at_zero, self.rounding) + _below(at_p.to(self.dtype), rounding)
+        for _ in range(2, self.orbit):
+            last, before = plain(last, b), last
+            points = points + before.to(self.dtype)
+            values = values + _below(last.to(self.dtype), rounding)
+        # f(mean) >= the mean of f; `prove` takes its own margin from f(0) and from the sum.
+        self.low_point, self.at_low_point = points / self.orbit, values / self.orbit
+        slack = last.to(self.b.dtype).clamp_min(torch.finfo(self.b.dtype).tiny)
+        return Origin(p, at_p.to(p.dtype), Aggregation.of(chain, p)), slack
 
     def run(self) -> Solution:
         tol = self.solver.tol
@@ -148,7 +160,7 @@ class _Proving:
         if z0 is not None:
             start = torch.maximum(z0.to(origin.p), origin.p)
         fixed = self.solver.steps is not None
-        left = self.solver.limit - 3 if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
+        left = self.solver.limit - 1 - self.orbit if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
         found = iterate(problem, _Above(method, origin.p), start, Rule(goal, slack, True, max(left, 1), fixed))
         self._count(found.steps)
         return found
@@ -211,13 +223,17 @@ class _Proving:
     def _closer(self, where: Tensor, q: Tensor, at_q: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates and how far to push them up, from the exact residual that a failed proof has left."""
         residual = at_q - q
-        model = self.origin.model
-        step = residual if model is None else model.to(self.dtype).correct(at_q, residual)
         slack = self.slack[where].to(self.dtype)
+        size, floor = amax(residual.abs() / slack), 64 * unit_roundoff(self.dtype) * amax(at_q / slack)
+        rho, step = 1.25 * size, residual
+        if self.origin.model is not None:
+            # Where a plain step is enough, a model that fits this sample badly cannot spoil it.
+            plain = rho <= _PLAIN * self.solver.tol
+            corrected = self.origin.model.to(self.dtype).correct(at_q, residual)
+            step = torch.where(per_sample(plain, q), residual, corrected)
+            rho = torch.where(plain, rho, rate * size)
         # Comparisons with NaN are false: such a sample is not tried again.
-        rho = amax(residual.abs() / slack) * (2 if model is None else rate) + 64 * unit_roundoff(self.dtype) * amax(
-            at_q / slack
-        )
+        rho = rho + floor
         return torch.maximum(q + step, self.at_zero[where]), rho
 
     def _prove(self, index: Tensor | None, z: Tensor, rho: Tensor) -> tuple[Enclosure, Tensor, Tensor]:
@@ -226,7 +242,7 @@ class _Proving:
         def pick(t: Tensor) -> Tensor:
             return t if index is None else t[index]
 
-        q = z + per_sample(rho, z) * (2 * z - pick(self.at_zero))
+        q = z + per_sample(self.orbit * rho, z) * (z - pick(self.low_point))
         at_q = self.chain(q, pick(self.exact.injection))
         trial = Evaluated(pick(self.at_zero), pick(self.low_point), pick(self.at_low_point), q, at_q)
         return prove(trial, self.rounding) if self.proving else observe(trial), at_q, q
