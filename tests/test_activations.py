@@ -19,12 +19,22 @@ REFERENCE = {
     "relu": lambda v: v,
     "identity": lambda v: v,
 }
+COMPOSITE = {
+    "tanh+1.2": lambda v: mpmath.tanh(v) + mpmath.mpf(1.2),
+    "(tanh+1.2)^0.5": lambda v: (mpmath.tanh(v) + mpmath.mpf(1.2)) ** mpmath.mpf(0.5),
+    "sigmoid^0.25": lambda v: (1 / (1 + mpmath.exp(-v))) ** mpmath.mpf(0.25),
+    "softsign+1.5": lambda v: v / (1 + v) + mpmath.mpf(1.5),
+    "(log1p+0.1)^0.3": lambda v: (mpmath.log1p(v) + mpmath.mpf(0.1)) ** mpmath.mpf(0.3),
+    "(identity+1.2)^0.5": lambda v: (v + mpmath.mpf(1.2)) ** mpmath.mpf(0.5),
+}
+REFERENCE |= COMPOSITE
+NAMES = [*ACTIVATIONS, *COMPOSITE]
 GRID = torch.cat([torch.zeros(1), torch.logspace(-30, 6, 1500, dtype=torch.float64)])
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_declared_facts(name: str) -> None:
-    a = ACTIVATIONS[name]
+    a = get_activation(name)
     v = GRID.double()
     y = a(v)
     assert float(a(torch.zeros(1, dtype=torch.float64))) == a.at_zero
@@ -43,10 +53,10 @@ def test_declared_facts(name: str) -> None:
     assert (a.derivative(v) <= a.slope_at_zero * (1 + 1e-14)).all()
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_is_within_the_declared_ulps(name: str, dtype: torch.dtype) -> None:
-    a = ACTIVATIONS[name]
+    a = get_activation(name)
     u = torch.finfo(dtype).eps / 2
     v = torch.logspace(-8, 3, 500, dtype=torch.float64).to(dtype)
     # Long enough for the vectorised kernels, and strided, for the scalar ones.
@@ -64,7 +74,7 @@ def test_rounding_is_within_the_declared_ulps(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", [n for n, a in ACTIVATIONS.items() if a.derivative_of_value is not None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_derivative_of_the_value(name: str, dtype: torch.dtype) -> None:
-    a = ACTIVATIONS[name]
+    a = get_activation(name)
     assert a.derivative_of_value is not None
     values = a(torch.logspace(-8, 2, 400, dtype=torch.float64)).to(dtype)
     if name == "relu6":
@@ -88,10 +98,10 @@ def test_derivative_of_the_value(name: str, dtype: torch.dtype) -> None:
                 assert abs(slope - exact) <= a.ulps * u * a.slope_at_zero, (s, slope)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_derivative_is_that_of_autograd(name: str) -> None:
     v = torch.rand(50, dtype=torch.float64).mul_(9).requires_grad_()
-    a = ACTIVATIONS[name]
+    a = get_activation(name)
     (expected,) = torch.autograd.grad(a(v).sum(), v)
     torch.testing.assert_close(a.derivative(v.detach()), expected)
 
@@ -100,3 +110,46 @@ def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="sigmoid"):
         get_activation("gelu")
     assert math.isinf(get_activation("log1p").supremum)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tanh+",
+        "+1.2",
+        "gelu+1",
+        "tanh+1.2^0.5",
+        "tanh+1..2",
+        "sigmoid^2",
+        "sigmoid^0",
+        "tanh^0.5",
+        "(tanh+1",
+        "tanh+-1",
+    ],
+)
+def test_what_is_no_activation_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"activation"):
+        get_activation(text)
+
+
+def test_composites_are_the_same_object_each_time() -> None:
+    assert get_activation("tanh + 1.2") is get_activation("tanh+1.2")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not math.isnan(get_activation(n).infimum)])
+def test_slopes_and_range_over_the_whole_line(name: str) -> None:
+    a = get_activation(name)
+    line = torch.cat([-GRID.double().flip(0), GRID.double()])
+    y = a(line)
+    assert (y >= a.infimum - 1e-12).all()
+    assert (y <= a.supremum + 1e-12).all()
+    generator = torch.Generator().manual_seed(0)
+    ends = 4 * torch.randn(2, 500, generator=generator, dtype=torch.float64)
+    lower, upper = ends.amin(0), ends.amax(0)
+    top = a.steepest(lower, upper)
+    for t in torch.linspace(0, 1, 40, dtype=torch.float64):
+        v = (lower + t * (upper - lower)).requires_grad_()
+        (slope,) = torch.autograd.grad(a(v).sum(), v)
+        assert (slope <= top).all()
+    # Sharp, too: the bound is met somewhere between the ends, up to what a power adds.
+    assert (top <= a.slope_at_zero * (1 + 1e-6)).all() or a.inner is not None

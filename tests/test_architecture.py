@@ -13,6 +13,7 @@ ORDER = [
     ("structured",),
     ("affine",),
     ("cells",),
+    ("contraction",),
     ("certificates",),
     ("enclosure",),
     ("solvers",),

@@ -3,13 +3,19 @@
 A positive concave cell needs activations that are nonnegative, nondecreasing and concave on [0, inf). Such a function
 satisfies `sigma(a v) <= a sigma(v)` for a >= 1, so a relative error of its argument is never amplified: the whole
 rounding analysis of `perron.enclosure` rests on that. Every fact below is tested numerically.
+
+The class is closed under adding a constant and taking a power up to 1, so "tanh+1.2" and "(tanh+1.2)^0.5" are
+activations as well; their facts are computed from those of tanh.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +39,8 @@ class Activation:
         slope_at_zero: sigma'(0), the largest slope.
         derivative_of_value: sigma'(v) as a function of sigma(v), where there is an accurate one: nonincreasing, and with
             the rounding that `ulps` allows.
+        below_zero: what is known of sigma(v) for v < 0: "odd", 2 sigma(0) - sigma(-v); "flat", sigma(0); None, nothing.
+        inner: for (sigma + shift)^power the parts (sigma, shift, power).
         ulps: bound on the relative rounding error of `function`, and on the absolute one of `derivative` divided by
             `slope_at_zero`, in units of the unit roundoff. Twice what was measured at worst against 50 digits.
     """
@@ -45,6 +53,8 @@ class Activation:
     asymptotic_slope: float
     slope_at_zero: float
     derivative_of_value: Callable[[Tensor], Tensor] | None = None
+    below_zero: Literal["odd", "flat"] | None = None
+    inner: tuple[Activation, float, float] | None = None
     ulps: int = 12
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -53,6 +63,28 @@ class Activation:
     @property
     def bounded(self) -> bool:
         return math.isfinite(self.supremum)
+
+    @property
+    def infimum(self) -> float:
+        """inf of sigma over the whole line; NaN where nothing is known below zero."""
+        if self.inner is not None:
+            base, shift, power = self.inner
+            return (base.infimum + shift) ** power if base.infimum + shift >= 0 else math.nan
+        return {"odd": 2 * self.at_zero - self.supremum, "flat": self.at_zero, None: math.nan}[self.below_zero]
+
+    def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """The largest slope between `lower` and `upper`, entrywise, rounded up; NaN where it is not known."""
+        if self.inner is not None:
+            base, shift, power = self.inner
+            least = base(lower)
+            least = least - self.ulps * torch.finfo(lower.dtype).eps * (least.abs() + shift) + shift
+            factor = power * least.pow(power - 1) if power != 1 else 1.0
+            return base.steepest(lower, upper) * factor * (1 + self.ulps * torch.finfo(lower.dtype).eps)
+        # The slope falls with the distance from zero.
+        nearest = torch.zeros_like(lower).clamp(lower, upper)
+        slope = self.derivative(nearest.abs() if self.below_zero == "odd" else nearest.clamp_min(0))
+        slope = slope + self.ulps * torch.finfo(lower.dtype).eps * self.slope_at_zero
+        return slope if self.below_zero is not None else torch.where(lower >= 0, slope, torch.nan)
 
 
 def _sigmoid_derivative(v: Tensor) -> Tensor:
@@ -72,6 +104,7 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             1.0,
             lambda s: 1 - s.square(),
+            below_zero="odd",
         ),
         # v/(1 + |v|) is torch's softsign; on [0, inf) they agree.
         Activation(
@@ -83,6 +116,7 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             1.0,
             lambda s: (1 - s).square(),
+            below_zero="odd",
         ),
         Activation(
             "relu6",
@@ -93,8 +127,19 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             1.0,
             lambda s: (s < 6).to(s.dtype),
+            below_zero="flat",
         ),
-        Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, 0.5, 1.0, 0.0, 0.25, lambda s: s * (1 - s)),
+        Activation(
+            "sigmoid",
+            torch.sigmoid,
+            _sigmoid_derivative,
+            0.5,
+            1.0,
+            0.0,
+            0.25,
+            lambda s: s * (1 - s),
+            below_zero="odd",
+        ),
         Activation(
             "one_minus_exp",
             lambda v: -torch.expm1(-v),
@@ -114,6 +159,7 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             1.0,
             lambda s: torch.cos(s).square(),
+            below_zero="odd",
         ),
         Activation(
             "erf",
@@ -123,6 +169,7 @@ ACTIVATIONS: dict[str, Activation] = {
             1.0,
             0.0,
             2 / math.sqrt(math.pi),
+            below_zero="odd",
         ),
         Activation(
             "log1p",
@@ -146,9 +193,27 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         # On [0, inf) the rectifier is the identity.
         Activation(
-            "relu", torch.relu, lambda v: (v >= 0).to(v.dtype), 0.0, math.inf, 1.0, 1.0, lambda s: (s >= 0).to(s.dtype)
+            "relu",
+            torch.relu,
+            lambda v: (v >= 0).to(v.dtype),
+            0.0,
+            math.inf,
+            1.0,
+            1.0,
+            lambda s: (s >= 0).to(s.dtype),
+            below_zero="flat",
         ),
-        Activation("identity", lambda v: v, torch.ones_like, 0.0, math.inf, 1.0, 1.0, torch.ones_like),
+        Activation(
+            "identity",
+            lambda v: v,
+            torch.ones_like,
+            0.0,
+            math.inf,
+            1.0,
+            1.0,
+            torch.ones_like,
+            below_zero="odd",
+        ),
     )
 }
 
@@ -164,6 +229,60 @@ def get_activation(activation: str | Activation) -> Activation:
     """
     if isinstance(activation, Activation):
         return activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[activation]
+    if activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
+    return _composite(activation.replace(" ", ""))
+
+
+_COMPOSITE = re.compile(
+    r"(?P<open>\()?(?P<base>[a-z]\w*)(?:\+(?P<shift>[0-9.]+))?(?P<close>\))?(?:\^(?P<power>[0-9.]+))?"
+)
+
+
+@cache
+def _composite(name: str) -> Activation:
+    """(base + shift)^power, written "tanh+1.2", "sigmoid^0.5" or "(tanh+1.2)^0.5"."""
+    match = _COMPOSITE.fullmatch(name)
+    if match is None or match["base"] not in ACTIVATIONS or bool(match["open"]) != bool(match["close"]):
+        raise ValueError(
+            f"unknown activation {name!r}; choose one of {', '.join(sorted(ACTIVATIONS))}, or build one of them as in "
+            "'tanh+1.2', 'sigmoid^0.5', '(tanh+1.2)^0.5'"
+        )
+    try:
+        shift, power = float(match["shift"] or 0), float(match["power"] or 1)
+    except ValueError as error:
+        raise ValueError(f"activation {name!r}: shift and power must be numbers") from error
+    if match["shift"] and match["power"] and not match["open"]:
+        raise ValueError(f"activation {name!r}: write ({match['base']}+{shift:g})^{power:g}")
+    if not (0 <= shift < math.inf and 0 < power <= 1):
+        raise ValueError(f"activation {name!r}: the shift must not be negative and the power in (0, 1]")
+    return _composed(ACTIVATIONS[match["base"]], shift, power, name)
+
+
+def _composed(base: Activation, shift: float, power: float, name: str) -> Activation:
+    lowest = base.at_zero + shift
+    if lowest == 0 and power < 1:
+        raise ValueError(
+            f"activation {name!r} has an infinite slope at 0; add a shift, as in ({base.name}+0.1)^{power:g}"
+        )
+
+    def function(v: Tensor) -> Tensor:
+        y = base(v) + shift
+        return y if power == 1 else y.pow(power)
+
+    def derivative(v: Tensor) -> Tensor:
+        slope = base.derivative(v)
+        return slope if power == 1 else power * slope * (base(v) + shift).pow(power - 1)
+
+    return Activation(
+        name,
+        function,
+        derivative,
+        lowest**power,
+        (base.supremum + shift) ** power,
+        base.asymptotic_slope if power == 1 else 0.0,
+        power * lowest ** (power - 1) * base.slope_at_zero,
+        inner=(base, shift, power),
+        # A rounded exponent counts with the logarithm of what it is applied to.
+        ulps=2 * base.ulps + 8 + (0 if base.bounded or power == 1 else 96),
+    )

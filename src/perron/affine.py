@@ -18,6 +18,7 @@ import torch.nn.grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from perron.rounding import gamma
 from perron.structured import DiagonalLowRank, SparseLinear, SparsePattern, sparse_product
 
 __all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "Refusal", "affine_step"]
@@ -65,6 +66,21 @@ class AffineStep(ABC):
     def linear(self, v: Tensor) -> Tensor:
         """A v."""
         return self.apply(v, None)
+
+    def magnitude(self) -> AffineStep:
+        """|A| v + |c|, or more."""
+        return self.rebind([t.abs() for t in self.tensors])
+
+    def over(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of A v + c for lower <= v <= upper, rounding included: |A| acts on the radius. For float64, plain sums."""
+        centre = (lower + upper) / 2
+        # Rounded up: the box must stay inside centre +/- radius.
+        radius = torch.maximum(upper - centre, centre - lower) * (1 + 1e-15)
+        magnitude = self.magnitude()
+        slack = 4 * gamma(self.terms + 8, lower.dtype) * magnitude(centre.abs() + radius)
+        spread = magnitude.linear(radius) + slack + 1e-300
+        middle = self(centre)
+        return middle - spread, middle + spread
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

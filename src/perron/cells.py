@@ -24,7 +24,7 @@ from perron.activations import ACTIVATIONS, Activation, get_activation
 from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step
 from perron.rounding import Rounding, gamma, unit_roundoff
 
-__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Opaque", "as_map", "trace"]
+__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Normalize", "Opaque", "as_map", "trace"]
 
 Side = Literal["upper", "lower"]
 
@@ -57,9 +57,46 @@ class Activate(nn.Module):
 
     def __reduce__(self) -> Any:
         # Activations hold functions that cannot be pickled; the name says it all.
-        if ACTIVATIONS.get(self.activation.name) is self.activation:
+        if _is_known(self.activation):
             return _rebuild_activate, (self.activation.name, self.training)
         return super().__reduce__()
+
+
+class Normalize(nn.Module):
+    """v -> v / ||v||_p per sample, over every dimension but the batch or over one of them.
+
+    Args:
+        p: of the norm, at least 1; inf for the largest absolute value.
+        dim: None, or the dimension that the norm sums over, for instance 1 for channels.
+
+    Raises:
+        ValueError: p is below 1, or dim is the batch.
+
+    >>> Normalize()(torch.tensor([[1.0, 4.0]]))
+    tensor([[0.2500, 1.0000]])
+    """
+
+    def __init__(self, p: float = math.inf, dim: int | None = None) -> None:
+        super().__init__()
+        if not p >= 1:
+            raise ValueError(f"p must be at least 1, got {p}")
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim must be at least 1 (0 is the batch), got {dim}")
+        self.p, self.dim = float(p), dim
+
+    def forward(self, v: Tensor) -> Tensor:
+        return NormalizeStep(self.p, self.dim)(v)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, dim={self.dim}"
+
+
+def _is_known(activation: Activation) -> bool:
+    """Whether its facts are the tested ones, rather than somebody's word."""
+    try:
+        return get_activation(activation.name) is activation
+    except ValueError:
+        return False
 
 
 def _rebuild_activate(name: str, training: bool) -> Activate:
@@ -90,7 +127,31 @@ class ActivationStep:
         return self.activation(v)
 
 
-Step = AffineStep | InjectStep | ActivationStep
+@dataclass(frozen=True)
+class NormalizeStep:
+    """v -> v / ||v||_p: not monotone, so no step of a positive concave cell."""
+
+    p: float
+    dim: int | None
+
+    def roundings(self, entries: int) -> int:
+        """Of the quotient, with a norm of at most so many entries."""
+        return 8 if math.isinf(self.p) else entries + 64
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v / self.norm(v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """The norm, shaped to broadcast; scaled, so that its powers neither overflow nor underflow."""
+        dims = tuple(range(1, v.dim())) if self.dim is None else (self.dim,)
+        top = v.abs().amax(dims, keepdim=True)
+        if math.isinf(self.p):
+            return top
+        scale = top.detach().clamp_min(torch.finfo(v.dtype).tiny)
+        return scale * torch.linalg.vector_norm(v / scale, self.p, dims, keepdim=True)
+
+
+Step = AffineStep | InjectStep | ActivationStep | NormalizeStep
 
 
 class Linearization(Protocol):
@@ -160,15 +221,22 @@ class Chain:
                 z = step(z, injection) if isinstance(step, InjectStep) else step(z)
             elif isinstance(step, InjectStep):
                 z = injection
-            elif isinstance(step, ActivationStep) or step.bias is not None:
+            elif not isinstance(step, AffineStep) or step.bias is not None:
                 # Not a plain zero any more: no shortcut.
                 return self(torch.zeros_like(injection), injection)
         assert z is not None
         return z
 
     @property
+    def normalizes(self) -> bool:
+        """Whether some step divides by a norm: then J is no product of diagonals and matrices."""
+        return any(isinstance(s, NormalizeStep) for s in self.steps)
+
+    @property
     def single(self) -> bool:
         """f = sigma(A z + ...): one activation, at the end, so that J = diag(sigma') A."""
+        if self.normalizes:
+            return False
         kinds = [isinstance(s, ActivationStep) for s in self.steps]
         return len(kinds) > 1 and kinds[-1] and sum(kinds) == 1
 
@@ -194,8 +262,8 @@ class Chain:
         """A constant super-solution, f(supremum) <= supremum; inf when the chain gives none."""
         return math.inf if self.last_activation is None else self.last_activation.supremum
 
-    def rounding(self, dtype: torch.dtype) -> Rounding:
-        """Rounding error of one evaluation of this chain in `dtype`, with plain sums."""
+    def rounding(self, dtype: torch.dtype, entries: int = 2**24) -> Rounding:
+        """Rounding error of one evaluation of this chain in `dtype`, with plain sums, on at most so many entries."""
         relative, absolute, tiny = 0.0, torch.zeros(()), torch.finfo(dtype).tiny
         for step in self.steps:
             if isinstance(step, AffineStep):
@@ -204,6 +272,10 @@ class Chain:
             elif isinstance(step, ActivationStep):
                 relative = (1 + relative) * (1 + gamma(step.activation.ulps, dtype)) - 1
                 absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
+            elif isinstance(step, NormalizeStep):
+                # Of the norm and of what it divides; `perron.contraction` sees to it that nothing underflows before.
+                relative = (1 + relative) ** 2 * (1 + gamma(step.roundings(entries), dtype)) - 1
+                absolute = torch.full((), tiny)
             else:
                 relative = (1 + relative) * (1 + gamma(1, dtype)) - 1
                 absolute = 2 * absolute + tiny
@@ -233,6 +305,9 @@ class Chain:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of <g, f(z; b)> for b and `tensors`, where needed; differentiable."""
         needed = [True] * (1 + len(self.tensors)) if needed is None else needed
+        if self.normalizes:
+            found = torch.func.vjp(lambda b, *t: self.rebind(t)(z, b), injection, *self.tensors)[1](g)
+            return tuple(t if n else None for t, n in zip(found, needed, strict=True))
         inputs = [z]
         for step in self.steps[:-1]:
             inputs.append(step(inputs[-1], injection) if isinstance(step, InjectStep) else step(inputs[-1]))
@@ -245,7 +320,7 @@ class Chain:
                 g = g * step.activation.derivative(inputs[k])
             elif isinstance(step, InjectStep):
                 of_injection = g if needed[0] else None
-            else:
+            elif isinstance(step, AffineStep):
                 wanted = needed[1 + len(self.tensors) - len(of_tensors) - len(step.tensors) :][: len(step.tensors)]
                 found = step.gradients(inputs[k], g) if any(wanted) else [None] * len(wanted)
                 of_tensors = [*(t if n else None for t, n in zip(found, wanted, strict=True)), *of_tensors]
@@ -253,8 +328,17 @@ class Chain:
                     g = step.transpose(g, inputs[k].shape)
         return (of_injection, *of_tensors)
 
-    def linearize(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
-        """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included."""
+    def linearize(self, z: Tensor, injection: Tensor) -> Linearization:
+        """J at z."""
+        if self.normalizes:
+            return AutomaticLinearization.of(self, z, injection)
+        return self.linearize_steps(z, injection)
+
+    def linearize_steps(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
+        """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included.
+
+        For positive concave chains at z >= 0; without `side` for all that do not normalise.
+        """
         dtype = z.dtype
         slack = 0.0 if side is None else self.rounding(dtype).relative
         shapes: list[torch.Size] = []
@@ -342,20 +426,23 @@ class Opaque:
     def __call__(self, z: Tensor, injection: Tensor) -> Tensor:
         return torch.func.functional_call(self.module, self.state(), (z, injection))
 
-    def linearize(self, z: Tensor, injection: Tensor) -> OpaqueLinearization:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            injection = injection.detach()
-            y = self.rebind([t.detach() for t in self.tensors])(z, injection)
-        return OpaqueLinearization(z, y)
+    def linearize(self, z: Tensor, injection: Tensor) -> AutomaticLinearization:
+        return AutomaticLinearization.of(self, z, injection)
 
 
 @dataclass(frozen=True)
-class OpaqueLinearization:
+class AutomaticLinearization:
     """J by automatic differentiation of one evaluation."""
 
     z: Tensor
     y: Tensor
+
+    @classmethod
+    def of(cls, map: Map, z: Tensor, injection: Tensor) -> AutomaticLinearization:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = map.rebind([t.detach() for t in map.tensors])(z, injection.detach())
+        return cls(z, y)
 
     def rmatvec(self, g: Tensor) -> Tensor:
         return torch.autograd.grad(self.y, self.z, g, retain_graph=True)[0]
@@ -392,9 +479,12 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
         ]
     if kind is Inject:
         return [InjectStep()]
+    if kind is Normalize:
+        assert isinstance(module, Normalize)
+        return [NormalizeStep(module.p, module.dim)]
     if kind is Activate:
         assert isinstance(module, Activate)
-        if ACTIVATIONS.get(module.activation.name) is not module.activation:
+        if not _is_known(module.activation):
             raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
         return [ActivationStep(module.activation)]
     if kind in _ACTIVATION_MODULES:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, InjectStep, trace
+from perron.contraction import check_nonnegative, degree, gain
 from perron.rounding import gamma
 
-__all__ = ["Certificate", "certify", "derive", "spectral_radius_bound"]
+__all__ = ["Certificate", "certify", "contracting", "derive", "spectral_radius_bound"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Certificate:
         exists: a fixed point exists.
         unique: it is the only one in the nonnegative orthant.
         geometric: Picard iteration converges to it geometrically from every start there.
-        kind: "positive concave", "network" for a whole module, or "none".
+        kind: "positive concave", "subhomogeneous", "bounded gain", "network" for a whole module, or "none".
         assumptions: what was checked, in words.
         refusal: None, or the reason why nothing is certified.
-        rate: an a-priori contraction factor in the Thompson metric, where the theory gives one below 1.
+        rate: an a-priori contraction factor in `metric`, where the theory gives one below 1.
+        metric: "Thompson" or "sup norm".
         parts: for a network, the name and the certificate of every equilibrium layer in it.
     """
 
@@ -43,6 +45,7 @@ class Certificate:
     refusal: str | None = None
     rate: float | None = None
     parts: tuple[tuple[str, Certificate], ...] = ()
+    metric: str = "Thompson"
 
     def __bool__(self) -> bool:
         return self.exists and self.unique and self.geometric
@@ -54,7 +57,9 @@ class Certificate:
             lines = [f"certified ({self.kind}): the fixed point exists, is unique, and Picard converges geometrically"]
         lines += [f"  checked: {a}" for a in self.assumptions]
         if self.rate is not None:
-            lines.append(f"  contraction factor in the Thompson metric at most {self.rate:.4g}")
+            lines.append(
+                f"  contraction factor in the {self.metric}{' metric' if self.metric == 'Thompson' else ''} at most {self.rate:.4g}"
+            )
         for name, part in self.parts:
             lines += [f"{name or 'module'}: " + str(part).replace("\n", "\n  ")]
         return "\n".join(lines)
@@ -128,16 +133,8 @@ def _asymptotic_radius(chain: Chain) -> float:
 
 
 def _check_nonnegative(chain: Chain) -> None:
-    for number, step in enumerate(chain.affine):
-        for name, tensor in (*(("weight", w) for w in step.weights), ("bias", step.bias)):
-            if tensor is None or tensor.numel() == 0:
-                continue
-            low, high = (float(t) for t in torch.aminmax(tensor.detach()))
-            if not (low >= 0 and high < float("inf")):
-                what = (
-                    "is not finite" if not (low > -float("inf") and high < float("inf")) else f"has the entry {low:.3g}"
-                )
-                raise Refusal(f"{name} of affine step {number} {what}; it must be nonnegative")
+    for step in chain.affine:
+        check_nonnegative(step)
 
 
 def _check_positive(chain: Chain, positive_injection: bool) -> None:
@@ -149,7 +146,7 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
             positive = bias or (positive and step.positive())
         elif isinstance(step, InjectStep):
             positive = positive or positive_injection
-        else:
+        elif isinstance(step, ActivationStep):
             positive = positive or step.activation.at_zero > 0
     if not positive:
         raise Refusal(
@@ -159,16 +156,22 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
 
 
 def _a_priori_rate(chain: Chain) -> float | None:
-    """1 - min f(0)/sup f (theory: contraction on [f(0), sup f]), where it does not depend on the input."""
+    """The degree, or 1 - min f(0)/sup f (contraction on [f(0), sup f]), where it does not depend on the input."""
+    try:
+        found = degree(chain)
+    except Refusal:
+        found = 1.0
     last = chain.last_activation
-    if last is None or not last.bounded or last.at_zero == 0:
-        return None
-    return 1 - last.at_zero / last.supremum
+    if last is not None and last.bounded and last.at_zero > 0:
+        found = min(found, 1 - last.at_zero / last.supremum)
+    return found if found < 1 else None
 
 
 def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
     """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
     try:
+        if chain.normalizes:
+            raise Refusal("division by a norm is not monotone")
         _check_nonnegative(chain)
         _check_positive(chain, positive_injection)
         radius = _asymptotic_radius(chain)
@@ -196,6 +199,60 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
         ),
         rate=_a_priori_rate(chain),
     )
+
+
+def either(concave: Certificate, contraction: Certificate) -> Certificate:
+    """The certificate that holds, or a refusal with both reasons."""
+    if concave or contraction:
+        return concave or contraction
+    return _refused(f"not positive concave: {concave.refusal}. Not contracting: {contraction.refusal}")
+
+
+def contracting(chain: Chain) -> Certificate:
+    """The certificate of a chain that contracts, for all nonnegative injections, from its weights.
+
+    "subhomogeneous": nonnegative weights and a degree below 1, so that F contracts in Thompson's metric (Sittoni &
+    Tudisco, ICML 2024). "bounded gain": weights of any sign whose absolute row sums, times the largest slopes, stay
+    below 1, so that F contracts in the sup norm. For other signed weights the fixed point need not be unique, and the
+    refusal says so; single samples may still be certified, by `perron.contraction`.
+    """
+    reasons = []
+    try:
+        mu = degree(chain)
+        if mu < 1:
+            return Certificate(
+                True,
+                True,
+                True,
+                "subhomogeneous",
+                (
+                    "all weights of the cell are finite and nonnegative",
+                    f"F is subhomogeneous of degree at most {mu:.6g} < 1, the product of its activations' degrees"
+                    + (", doubled by the normalisation" if chain.normalizes else ""),
+                ),
+                rate=mu,
+            )
+        reasons.append(
+            f"the degree of the cell is only bounded by {mu:.6g}, not below 1; use a larger shift or a power"
+        )
+    except Refusal as refusal:
+        reasons.append(f"{refusal} for the degree to count")
+    factor = gain(chain)
+    if factor < 1:
+        return Certificate(
+            True,
+            True,
+            True,
+            "bounded gain",
+            (f"absolute row sums times largest slopes are at most {factor:.6g} < 1",),
+            rate=factor,
+            metric="sup norm",
+        )
+    reasons.append(
+        "with weights of any sign two fixed points are possible however small the degree is; absolute row sums times "
+        f"largest slopes are {factor:.6g}, not below 1 (weights='signed_bounded' keeps them there)"
+    )
+    return _refused("; ".join(reasons), kind="subhomogeneous")
 
 
 def certify(module: nn.Module) -> Certificate:
@@ -232,7 +289,9 @@ def certify(module: nn.Module) -> Certificate:
             True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
         )
     try:
-        return derive(trace(module), positive_injection=True)
+        chain = trace(module)
+        concave = derive(chain, positive_injection=True)
+        return concave if concave else either(concave, contracting(chain))
     except Refusal as refusal:
         if "Inject" in str(refusal):
             return _refused("the module contains no equilibrium layer")

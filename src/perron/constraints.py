@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Nonnegative", "nonnegative", "project_", "project_after_step"]
+__all__ = ["BoundedRows", "Nonnegative", "bounded_rows", "nonnegative", "project_", "project_after_step"]
 
 Method = Literal["square", "projection"]
 
@@ -84,6 +84,60 @@ def nonnegative(
         # Not clamped: where W is exactly 0, the square has no gradient to leave it.
         getattr(module, name).abs_()
     parametrize.register_parametrization(module, name, Nonnegative(method, normalize=normalize))
+    return module
+
+
+class BoundedRows(nn.Module):
+    """Rows, or filters, with `sum |W_ij| <= bound`: W = raw, scaled down where its row is longer.
+
+    With an activation of slope at most 1 and a bound below 1 the map contracts in the sup norm, whatever the signs.
+
+    Args:
+        bound: positive and finite.
+
+    Raises:
+        ValueError: the bound is not positive and finite; or, when the weight is assigned, longer rows, NaN or infinity.
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        if not 0 < bound < float("inf"):
+            raise ValueError(f"bound must be positive and finite, got {bound}")
+        self.bound = bound
+
+    def forward(self, raw: Tensor) -> Tensor:
+        length = _row_length(raw)
+        return raw * (self.bound / length.clamp_min(self.bound))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        length = _row_length(weight).max() if weight.numel() else weight.new_zeros(())
+        # A little more is rounding.
+        if not bool(length <= self.bound * 1.001):
+            raise ValueError(
+                f"a weight with sum |W_ij| = {float(length):.6g} was assigned; the bound is {self.bound:g}"
+            )
+        return weight.clone()
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+
+def _row_length(weight: Tensor) -> Tensor:
+    return weight.abs().flatten(1).sum(1).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def bounded_rows(module: nn.Module, name: str = "weight", *, bound: float) -> nn.Module:
+    """Constrain the parameter `name` of `module` to rows with sum |W_ij| <= bound, starting from its present values.
+
+    >>> linear = bounded_rows(nn.Linear(3, 3, bias=False), bound=0.9)
+    >>> bool((linear.weight.abs().sum(1) <= 0.9001).all())
+    True
+    """
+    constraint = BoundedRows(bound)
+    with torch.no_grad():
+        weight = getattr(module, name)
+        weight.copy_(constraint(weight))
+    parametrize.register_parametrization(module, name, constraint)
     return module
 
 

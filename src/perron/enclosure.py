@@ -150,12 +150,14 @@ def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.where((amin(lower) > 0) & (bound >= 0) | (bound == 0), bound, torch.inf)
 
 
-def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bounds in `dtype` around [lower, upper], a few units in the last place wider."""
+def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype, *, signed: bool = False) -> tuple[Tensor, Tensor]:
+    """Bounds in `dtype` around [lower, upper], a few units in the last place wider; nonnegative ones unless `signed`."""
     if dtype == lower.dtype:
         return lower, upper
     # A step outwards beyond the rounding, relative and for tiny numbers absolute.
     slack, least = 4 * unit_roundoff(dtype), 2 * _smallest(dtype)
+    if signed:
+        return (lower - slack * lower.abs() - least).to(dtype), (upper + slack * upper.abs() + least).to(dtype)
     low = (lower * (1 - slack)).sub_(least).clamp_min_(0).to(dtype)
     return low, (upper * (1 + slack)).add_(least).to(dtype)
 

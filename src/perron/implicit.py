@@ -29,7 +29,7 @@ def fixed_point(
     injection: Tensor,
     solver: Solver,
     *,
-    prove: Callable[[Chain | Opaque, Tensor], bool],
+    pose: Callable[[Chain | Opaque, Tensor], FixedPointProblem],
     z0: Tensor | None = None,
     on_adjoint: Callable[[AdjointSolution], None] | None = None,
 ) -> tuple[Tensor, Solution]:
@@ -39,7 +39,7 @@ def fixed_point(
         map: the cell; its tensors receive gradients where they require them.
         injection: (batch, ...) b, likewise.
         solver: solves the fixed point; its `tol`, `max_steps` and `on_failure` also rule the linear equations.
-        prove: whether a certificate holds for the map and the injection; called with plain tensors, also where
+        pose: the problem, with what is known of the map and the injection; called with plain tensors, also where
             torch.func transforms the ones given here.
         z0: a first guess.
         on_adjoint: called in each backward pass with how the adjoint was solved.
@@ -53,7 +53,7 @@ def fixed_point(
     """
     refuse_nested_forward_mode()
     # The graph must not hang on the map's own tensors: they come back through saved_tensors.
-    run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, prove, on_adjoint)
+    run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, pose, on_adjoint)
     value, _, _ = _FixedPoint.apply(run, z0, injection, *map.tensors)
     solution = run.solution
     assert solution is not None
@@ -67,7 +67,7 @@ class _Run:
 
     map: Map
     solver: Solver
-    prove: Callable[[Chain | Opaque, Tensor], bool]
+    pose: Callable[[Chain | Opaque, Tensor], FixedPointProblem]
     on_adjoint: Callable[[AdjointSolution], None] | None
     solution: Solution | None = None
 
@@ -81,11 +81,12 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(run: _Run, z0: Tensor | None, injection: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         map = run.map.rebind(tensors)
-        problem = FixedPointProblem(map, injection, run.prove(map, injection))  # type: ignore[arg-type]
+        problem = run.pose(map, injection)  # type: ignore[arg-type]
         solution = run.solver.solve(problem) if z0 is None else run.solver.solve(problem, z0)
         run.solution = solution.detach()
         value = solution.value.clone()
-        if solution.lower is None or solution.upper is None or not solution.certified:
+        # The bound of the adjoint takes a Jacobian that falls as z grows.
+        if not problem.proven or solution.lower is None or solution.upper is None or not solution.certified:
             none = value.new_empty(len(value), 0)
             return value, none, none.clone()
         return value, solution.lower, solution.upper

@@ -1,12 +1,18 @@
 """Equilibrium layers, and the modules their cells are made of."""
 
-from perron.cells import Activate, Inject
+from perron.cells import Activate, Inject, Normalize
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.positive_concave import (
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
     PositiveConcaveLinear,
+)
+from perron.nn.subhomogeneous import (
+    SubhomogeneousConv1d,
+    SubhomogeneousConv2d,
+    SubhomogeneousConv3d,
+    SubhomogeneousLinear,
 )
 from perron.structured import DiagonalLowRank, SparseLinear
 
@@ -15,9 +21,14 @@ __all__ = [
     "DiagonalLowRank",
     "Equilibrium",
     "Inject",
+    "Normalize",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
     "PositiveConcaveConv3d",
     "PositiveConcaveLinear",
     "SparseLinear",
+    "SubhomogeneousConv1d",
+    "SubhomogeneousConv2d",
+    "SubhomogeneousConv3d",
+    "SubhomogeneousLinear",
 ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron.cells import Chain, Opaque, as_map
-from perron.certificates import Certificate, derive
+from perron.certificates import Certificate, contracting, derive, either
 from perron.enclosure import check_injection
 from perron.implicit import fixed_point
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
@@ -89,12 +89,12 @@ class Equilibrium(nn.Module):
             z0: (batch, ...) a first guess, for instance the value for a similar input; it saves steps at best.
         """
         with torch.autocast(x.device.type, enabled=False):
-            b, map, reason, dtype = self._read(x)
+            b, map, dtype = self._read(x)
             value, solution = _fixed_point(
                 map,
                 b,
                 self.solver,
-                prove=lambda m, v: self._prove(m, reason, v),
+                pose=self._pose,
                 z0=self._guess(b, z0),
                 on_adjoint=_Recorder(self),
             )
@@ -106,8 +106,8 @@ class Equilibrium(nn.Module):
     def solve(self, x: Tensor, *, z0: Tensor | None = None) -> Solution:
         """The whole Solution, without gradient."""
         with torch.autocast(x.device.type, enabled=False):
-            b, map, reason, _ = self._read(x)
-            problem = FixedPointProblem(map, b, self._prove(map, reason, b))
+            b, map, _ = self._read(x)
+            problem = self._pose(map, b)
             z0 = self._guess(b, z0)
             solution = self.solver.solve(problem) if z0 is None else self.solver.solve(problem, z0)
         self._remember(solution)
@@ -154,6 +154,10 @@ class Equilibrium(nn.Module):
         """The certificate, and whether it needs b > 0 rather than b >= 0."""
         if not isinstance(map, Chain):
             return Certificate(False, False, False, "none", refusal=reason), False
+        concave, positive = self._derive_concave(map)
+        return (concave, positive) if concave else (either(concave, contracting(map)), False)
+
+    def _derive_concave(self, map: Chain) -> tuple[Certificate, bool]:
         if self.injection == "softplus":
             return derive(map, positive_injection=True), True
         certificate = derive(map, positive_injection=False)
@@ -161,22 +165,26 @@ class Equilibrium(nn.Module):
             return certificate, False
         return derive(map, positive_injection=True), True
 
-    def _read(self, x: Tensor) -> tuple[Tensor, Chain | Opaque, str | None, torch.dtype]:
-        """The injection, the map in the precision of the solve, why it could not be read, and the layer's precision."""
+    def _read(self, x: Tensor) -> tuple[Tensor, Chain | Opaque, torch.dtype]:
+        """The injection, the map in the precision of the solve, and the layer's precision."""
         b = self.injected(x)
-        map, reason = as_map(self.cell)
+        map, _ = as_map(self.cell)
         dtype = self._parameter_dtype() or b.dtype
         if dtype != b.dtype:
             map = map.rebind([t.to(b.dtype) for t in map.tensors])
-        return b, map, reason, dtype
+        return b, map, dtype
 
     @torch.no_grad()
-    def _prove(self, map: Chain | Opaque, reason: str | None, b: Tensor) -> bool:
-        """Whether the certificate holds for this map; raises if a given injection is not in its domain."""
-        certificate, positive = self.derive(map, reason)
-        if certificate and self.injection == "given":
+    def _pose(self, map: Chain | Opaque, b: Tensor) -> FixedPointProblem:
+        """The problem with what is proven of it; raises if a given injection is not in the domain of the certificate."""
+        if not isinstance(map, Chain):
+            return FixedPointProblem(map, b)
+        certificate, positive = self._derive_concave(map)
+        if not certificate:
+            return FixedPointProblem(map, b, contracts=True)
+        if self.injection == "given":
             check_injection(b, positive=positive)
-        return bool(certificate)
+        return FixedPointProblem(map, b, proven=True)
 
     def _guess(self, b: Tensor, z0: Tensor | None) -> Tensor | None:
         if z0 is not None:

@@ -28,6 +28,7 @@ from perron.enclosure import Enclosure, Evaluated, observe, prove, relative_erro
 from perron.rounding import Rounding, unit_roundoff
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Found, Method, Rule, iterate, solve_by_residual
 from perron.solvers.picard import Picard
 
@@ -70,6 +71,8 @@ class Accelerated(IterativeSolver):
         return evaluations
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        if self.contracts(problem):
+            return solve_by_contraction(self, problem, self.method(problem, None)[0], z0)
         if not self.encloses(problem):
             return self._observe(problem, z0)
         if self.limit < _LEAST or not problem.injection.numel():

@@ -192,7 +192,7 @@ class _Proof:
             steep = replace(by_value, steps=plain.steps)
             self.rounding = 4 * gamma(count, lower.dtype)
         else:
-            steep = self.exact.linearize(lower.double(), injection.double(), "upper")
+            steep = self.exact.linearize_steps(lower.double(), injection.double(), "upper")
             self.rounding = 4 * gamma(count, torch.float64)
         start = lower.to(lower.dtype if by_value is not None else torch.float64)
         if model is not None and by_value is not None:
@@ -214,7 +214,7 @@ class _Proof:
             assert flat is not None
             share = (steep.slope - flat.slope) / steep.slope.clamp_min(torch.finfo(image.dtype).tiny)
             return image * share * (1 + 1e-12)
-        flat = self.exact.linearize(upper, self.injection.double(), "lower")
+        flat = self.exact.linearize_steps(upper, self.injection.double(), "lower")
         return (image - flat.matvec(self.weights) * (1 - self.rounding)).clamp_min(0)
 
     def finish(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,7 +68,8 @@ class Solution:
         lower, upper: (batch, ...) entrywise bounds of the fixed point; None for cells without verified structure.
         steps: (batch,) evaluations of f, those of the verification included.
         residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the last point y where f was evaluated.
-        error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none.
+        error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none. Samples whose fixed point is
+            not known to be positive: on max_i |value - z*|_i / max_j |z*_j|.
         rate: (batch,) the last residual ratio, an estimate (no proof) of the spectral radius of the Jacobian.
         converged: (batch,) whether the tolerance was reached.
         proven: (batch,) whether the enclosure is proven, rounding accounted for.
@@ -115,12 +116,14 @@ class FixedPointProblem:
     Attributes:
         map: the cell.
         injection: (batch, ...) b; the state has the same shape.
-        proven: a certificate of existence and uniqueness holds for this map and every injection here that is finite.
+        proven: the map is positive concave, and its certificate holds for every injection here that is finite.
+        contracts: whether it contracts is to be seen on every sample (`perron.contraction`).
     """
 
     map: Chain | Opaque
     injection: Tensor
     proven: bool = False
+    contracts: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.map(z, self.injection)
@@ -227,6 +230,10 @@ class IterativeSolver(ABC):
 
     @abstractmethod
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution: ...
+
+    def contracts(self, problem: FixedPointProblem) -> bool:
+        """Whether this solve is to end with an enclosure by contraction."""
+        return problem.contracts and self.stop == "auto" and self.verify is not None and isinstance(problem.map, Chain)
 
     @property
     def limit(self) -> int:

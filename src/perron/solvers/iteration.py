@@ -19,7 +19,7 @@ from perron._batch import amax, per_sample
 from perron.rounding import unit_roundoff
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 
-__all__ = ["Found", "Method", "Rule", "iterate", "solve_by_residual"]
+__all__ = ["Found", "Method", "Plain", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.04, 1.0), 8
@@ -93,6 +93,7 @@ class Rule:
         fixed: take all of them, and never look.
         weights: (batch, ...) or None: measure sum_i w_i |residual_i| / sum_i w_i |f(z)_i| instead.
         compact: let samples that are done leave the batch.
+        patient: do not give up on slow samples before the limit.
     """
 
     tol: float | Tensor
@@ -102,6 +103,7 @@ class Rule:
     fixed: bool = False
     weights: Tensor | None = None
     compact: bool = True
+    patient: bool = False
 
     def measure(self, fz: Tensor, residual: Tensor) -> Tensor:
         if self.weights is not None:
@@ -144,7 +146,7 @@ def solve_by_residual(
     fixed = solver.steps is not None
     if b.numel():
         rule = Rule(solver.tol, None, False, solver.limit, fixed)
-        found = iterate(problem, _Plain() if method is None else method, z, rule)
+        found = iterate(problem, Plain() if method is None else method, z, rule)
     else:
         none = b.new_zeros(batch)
         found = Found(z, problem(z), z, none, none, torch.zeros(batch, dtype=torch.long, device=b.device))
@@ -164,7 +166,7 @@ def solve_by_residual(
     )
 
 
-class _Plain:
+class Plain:
     """Picard's steps."""
 
     products, trust = 0, math.inf
@@ -172,7 +174,7 @@ class _Plain:
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
         return fz
 
-    def select(self, index: Tensor) -> _Plain:
+    def select(self, index: Tensor) -> Plain:
         return self
 
     def forget(self, mask: Tensor) -> None:
@@ -232,7 +234,7 @@ class _Loop:
             if self.rule.ahead:
                 measure = 2 * measure * rate + floor
                 running = (_MARGIN * measure > tol) & (_MARGIN * floor <= 0.8 * tol)
-                if k > 2:
+                if k > 2 and not self.rule.patient:
                     running &= measure * rate ** (self.rule.limit - k) <= tol
             else:
                 running = (measure > tol) & np.isfinite(measure)

@@ -32,6 +32,7 @@ from perron.enclosure import (
 )
 from perron.rounding import unit_roundoff
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import solve_by_residual
 
 __all__ = ["Picard"]
@@ -49,6 +50,8 @@ class Picard(IterativeSolver):
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         if self.encloses(problem):
             return _Enclosing(self, problem).run(z0)
+        if self.contracts(problem):
+            return solve_by_contraction(self, problem, None, z0)
         return solve_by_residual(self, problem, None, z0)
 
 

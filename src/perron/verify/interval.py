@@ -38,14 +38,8 @@ class Interval:
 
 
 def _affine(module: nn.Module, box: Interval) -> Interval:
-    """A(c +/- r) + d, with |A| r and the rounding gamma_n (|A| |c| + |d|) as radius."""
     (step,) = Chain((affine_step(module),)).to(DTYPE).affine
-    magnitude = step.rebind([t.abs() for t in step.tensors])
-    centre, radius = _centre(box)
-    middle = step(centre)
-    slack = 4 * gamma(step.terms + 8, DTYPE) * magnitude(centre.abs() + radius)
-    spread = magnitude.linear(radius) + slack + 1e-300
-    return Interval(middle - spread, middle + spread)
+    return Interval(*step.over(box.lower, box.upper))
 
 
 def _centre(box: Interval) -> tuple[Tensor, Tensor]:
@@ -76,8 +70,12 @@ def _batch_norm(module: nn.Module, box: Interval) -> Interval:
 def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
     map, reason = as_map(layer.cell)
     certificate, _ = layer.derive(map, reason)
-    if not certificate or not isinstance(map, Chain):
+    if not certificate:
         raise Refusal(f"an equilibrium layer is not certified: {certificate.refusal}")
+    if certificate.kind != "positive concave" or not isinstance(map, Chain):
+        raise Refusal(
+            f"bounds over a box of inputs are known for positive concave layers, not for {certificate.kind} ones"
+        )
     inner = getattr(layer, "input", None)
     if inner is not None:
         box = _affine(inner, box)

@@ -1,0 +1,334 @@
+"""Cells that contract, though they are not monotone and concave: subhomogeneous ones, and those of bounded gain.
+
+Two metrics, two factors (Sittoni & Tudisco, "Subhomogeneous deep equilibrium models", ICML 2024; Lemmens & Nussbaum 2012):
+
+* Thompson's metric d(x, y) = max_i |log x_i - log y_i| on the open orthant. If `|J(z)| z <= mu F(z)` for all z > 0, F
+  contracts with factor mu, its degree. A nonnegative matrix has degree 1, adding nonnegative constants does not raise
+  it, division by a norm doubles it, and an activation has sup v sigma'(v)/sigma(v); degrees multiply.
+* The weighted sup norm max_i |x_i|/w_i. If `|J(z)| w <= kappa w` on a box that F maps into itself, F contracts there with
+  factor kappa, for weights of any sign. This is never worse than the degree on the box: that condition,
+  `|J(z)| hi <= mu lo`, is the case w = hi, less sharply.
+
+For signed weights the degree of the activation alone proves nothing: tanh(W z) + 1.2 with W = [[10, -10], [-10, 10]] has
+two fixed points though it is subhomogeneous of degree below 1. There the second factor decides, sample by sample.
+
+From either factor q and one evaluation, the distance of z* from F(z) is at most q d(z, F(z))/(1 - q).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perron._batch import all_finite, all_true, amax, amin, per_sample
+from perron.activations import Activation, get_activation
+from perron.affine import AffineStep, Refusal
+from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep
+from perron.rounding import gamma
+
+__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain"]
+
+_GRID = 400_000
+# Rounds that shrink the invariant box, and power steps for the weights of the norm, and least weights that are tried.
+_SHRINKINGS, _POWER_STEPS = 6, 8
+_FLOORS = (1.0, 0.1, 1e-2, 1e-3, 1e-5, 1e-9)
+_U = 2.0**-53
+
+
+@cache
+def _degree_of(name: str, signed: bool) -> float:
+    activation = get_activation(name)
+    base, shift, power = activation.inner or (activation, 0.0, 1.0)
+    v = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 6, _GRID, dtype=torch.float64)])
+    value, slope = base(v), base.derivative(v)
+    rounding = 1 + 1e-12 + 8 * activation.ulps * _U
+    # On [a, b] the slope is at most that at a, and sigma at least that at a.
+    inside = v[1:] * slope[:-1] / (value[:-1] + shift)
+    # Next to zero and beyond the grid: v sigma'(v) <= sigma(v) - sigma(0), and <= 2 (sigma(v) - sigma(v/2)).
+    near = (value[1] - base.at_zero) / (value[1] + shift)
+    far = torch.ones(())
+    if base.bounded:
+        far = 2 * (base.supremum - base(v[-1:] / 2)).clamp_min(0)[0] / (value[-1] + shift)
+    found = [inside[1:].max(), near, far]
+    if signed:
+        if base.below_zero != "odd":
+            return math.inf
+        # sigma(-t) = 2 sigma(0) - sigma(t) falls with t.
+        below = 2 * base.at_zero - value + shift
+        if not bool((below > 0).all()) or 2 * base.at_zero - base.supremum + shift <= 0:
+            return math.inf
+        found += [(v[1:] * slope[:-1] / below[1:]).max()]
+        found += [far * (value[-1] + shift) / (2 * base.at_zero - base.supremum + shift)]
+    return power * (max(float(t) for t in found) + 1e-12) * rounding
+
+
+def activation_degree(activation: str | Activation, *, signed: bool = False) -> float:
+    """A rigorous upper bound on sup |v sigma'(v)|/sigma(v) over v > 0, or over all v.
+
+    By monotonicity of sigma and of its slope on the cells of a grid; at most a relative 1e-4 above the supremum.
+
+    Raises:
+        ValueError: the activation is not one of `perron.activations`.
+
+    >>> round(activation_degree("tanh+1.3", signed=True), 3)
+    0.791
+    >>> activation_degree("sigmoid^0.5") <= 0.5
+    True
+    """
+    return _degree_of(get_activation(activation).name, signed)
+
+
+def degree(chain: Chain) -> float:
+    """mu with |J(z)| z <= mu F(z) for all z > 0 and all nonnegative injections, from the actual weights.
+
+    Raises:
+        Refusal: a weight is negative or not finite, or F(z) > 0 could not be verified.
+    """
+    mu, least = 1.0, 0.0
+    for step in chain.steps:
+        if isinstance(step, AffineStep):
+            check_nonnegative(step)
+            bias = step.bias
+            least = float(bias.min()) if bias is not None and bias.numel() else 0.0
+        elif isinstance(step, ActivationStep):
+            mu *= min(activation_degree(step.activation), 1.0)
+            least = step.activation.at_zero
+        elif isinstance(step, NormalizeStep):
+            if least < 1e-100:
+                raise Refusal(
+                    "what is divided by its norm must have a positive lower bound; use a shift, as in 'tanh+1.2'"
+                )
+            mu, least = 2 * mu, 0.0
+    if chain.normalizes and chain.steps[-1] != next(s for s in chain.steps[::-1] if isinstance(s, NormalizeStep)):
+        raise Refusal("Normalize() is only verified as the last step of a cell")
+    if not chain.normalizes and least <= 0:
+        raise Refusal("F(z) > 0 could not be verified; use a shift, as in 'tanh+1.2'")
+    return mu
+
+
+def check_nonnegative(step: AffineStep) -> None:
+    """Raise Refusal unless all tensors of the step are finite and nonnegative."""
+    for name, tensor in (*(("weight", w) for w in step.weights), ("bias", step.bias)):
+        if tensor is None or tensor.numel() == 0:
+            continue
+        low, high = (float(t) for t in torch.aminmax(tensor.detach()))
+        if not (low > -math.inf and high < math.inf):
+            raise Refusal(f"the {name} of an affine step is not finite")
+        if low < 0:
+            raise Refusal(f"the {name} of an affine step has the entry {low:.3g}; it must be nonnegative")
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """By how much F contracts, per sample, in float64.
+
+    Attributes:
+        thompson: (batch,) factor in Thompson's metric on the whole orthant, 1 or more where there is none.
+        supremum: (batch,) factor in the weighted sup norm on the box; inf where there is none.
+        weights: (batch, ...) w of that norm.
+        lower, upper: (batch, ...) the box, which F maps into itself; it contains every fixed point.
+        error: (batch, ...) bound on the rounding of F on the box, absolute.
+        relative: bound on it relative to F, for nonnegative weights; inf for others.
+    """
+
+    thompson: Tensor
+    supremum: Tensor
+    weights: Tensor
+    lower: Tensor
+    upper: Tensor
+    error: Tensor
+    relative: float
+
+    @property
+    def factor(self) -> Tensor:
+        """(batch,) the better of both."""
+        return torch.minimum(self.supremum, self.thompson)
+
+    def select(self, index: Tensor) -> Contraction:
+        parts: dict[str, Any] = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **parts)
+
+    def enclose(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds of z* and (batch,) whether they are proven, from z in the box and the computed F(z), float64."""
+        low, high = torch.full_like(fz, -math.inf), torch.full_like(fz, math.inf)
+        q = self.supremum
+        error = torch.nan_to_num(self.error, nan=math.inf)
+        distance = amax(((fz - z).abs() + error) / self.weights) * (1 + 8 * _U)
+        radius = q / (1 - q) * distance * (1 + 8 * _U)
+        by_norm = (q < 1) & radius.isfinite() & (amax(error) < math.inf)
+        reach = per_sample(torch.where(by_norm, radius, math.inf), fz) * self.weights + error
+        reach = reach * (1 + 4 * _U) + 4 * _U * fz.abs()
+        low, high = torch.maximum(low, fz - reach), torch.minimum(high, fz + reach)
+        by_degree = torch.zeros_like(by_norm)
+        if self.relative < 0.5:
+            # In logarithms, whose own rounding is that of numbers up to some hundreds.
+            slack = 2 * self.relative + 1e-12
+            apart = amax(torch.log(fz / z).abs()) + slack
+            spread = self.thompson / (1 - self.thompson) * (apart + slack) * (1 + 1e-12) + slack
+            by_degree = (self.thompson < 1) & (amin(torch.where(z > 0, fz, 0.0)) > 0) & spread.isfinite()
+            factor = per_sample(torch.where(by_degree, torch.exp(spread), math.inf), fz)
+            low, high = torch.maximum(low, fz / factor), torch.minimum(high, fz * factor)
+        return low, high, (by_norm | by_degree) & all_finite(fz)
+
+
+@torch.no_grad()
+def contraction(chain: Chain, injection: Tensor) -> Contraction:
+    """How F contracts for these injections, (batch, ...) float64; sums of the chain must be plain.
+
+    Thompson's metric where the weights are nonnegative and the injection too; else, or where its factor is not below 1,
+    the weighted sup norm on the smallest box found.
+    """
+    try:
+        mu, relative = degree(chain), chain.rounding(torch.float64, injection[:1].numel()).relative
+    except Refusal:
+        mu, relative = math.inf, math.inf
+    unknown = torch.full((len(injection),), math.inf, dtype=injection.dtype, device=injection.device)
+    whole = torch.full_like(injection, math.inf)
+    if mu < 1:
+        thompson = torch.where(all_true(injection >= 0), mu, unknown)
+        least = torch.full_like(injection, torch.finfo(injection.dtype).tiny)
+        return Contraction(thompson, unknown, torch.ones_like(injection), least, whole, whole, relative)
+    box = _invariant_box(chain, injection)
+    if box is None:
+        return Contraction(unknown, unknown, torch.ones_like(injection), -whole, whole, whole, math.inf)
+    lower, upper = box
+    slopes, error = _slopes(chain, injection, lower, upper)
+    steep = ChainLinearization(
+        tuple(s.magnitude() if isinstance(s, AffineStep) else s for s in chain.steps),
+        (injection.shape,) * len(chain.steps),
+        slopes,
+    )
+    factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
+    return Contraction(unknown, factor, weights, lower, upper, error, math.inf)
+
+
+def gain(chain: Chain) -> float:
+    """A bound on the factor of F in the sup norm on the whole space, for every injection; inf where there is none."""
+    found = 1.0
+    for step in chain.steps:
+        if isinstance(step, AffineStep):
+            dtype = step.tensors[0].dtype if step.tensors else torch.float32
+            found *= float(step.magnitude().row_sums().double()) * (1 + 2 * gamma(step.terms + 8, dtype))
+        elif isinstance(step, ActivationStep):
+            line = torch.full((1,), math.inf, dtype=torch.float64)
+            found *= float(step.activation.steepest(-line, line))
+        elif isinstance(step, NormalizeStep):
+            return math.inf
+    return found if not math.isnan(found) else math.inf
+
+
+def _invariant_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A box that F maps into itself, which contains every fixed point; None where none was found."""
+    if chain.normalizes:
+        return None
+    box = _range_box(chain, injection)
+    box = _ball(chain, injection) if box is None else box
+    if box is None:
+        return None
+    lower, upper = box
+    for _ in range(_SHRINKINGS):
+        low, high = _over(chain, injection, lower, upper, 0)
+        lower, upper = torch.maximum(low, lower), torch.minimum(high, upper)
+    return lower, upper
+
+
+def _range_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The range of the last bounded activation, if no sum follows it."""
+    bounded = [k for k, s in enumerate(chain.steps) if isinstance(s, ActivationStep) and s.activation.bounded]
+    if not bounded or any(isinstance(s, AffineStep) for s in chain.steps[bounded[-1] :]):
+        return None
+    activation = chain.steps[bounded[-1]].activation  # type: ignore[union-attr]
+    if math.isnan(activation.infimum):
+        return None
+    lower = torch.full_like(injection, activation.infimum - 1e-12 * (1 + abs(activation.infimum)))
+    upper = torch.full_like(injection, activation.supremum * (1 + 1e-12))
+    return _over(chain, injection, lower, upper, bounded[-1] + 1)
+
+
+def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
+    """|z| <= |F(0)|/(1 - kappa) in the sup norm, where F contracts on the whole space."""
+    kappa = gain(chain)
+    if not kappa < 1:
+        return None
+    # The sizes of what was summed, for its rounding.
+    sizes = amax(injection.abs()) + sum(float(s.bias.abs().max()) for s in chain.affine if s.bias is not None)
+    radius = (amax(chain.at_zero(injection).abs()) * (1 + 1e-6) + 1e-9 * sizes + 1e-290) / (1 - kappa)
+    ball = per_sample(radius, injection).expand_as(injection)
+    return -ball, ball
+
+
+def _over(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Bounds of what the steps from `start` on make of a box."""
+    for step in chain.steps[start:]:
+        lower, upper = _step_over(step, injection, lower, upper)
+    return lower, upper
+
+
+def _step_over(step: object, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(step, AffineStep):
+        return step.over(lower, upper)
+    if isinstance(step, InjectStep):
+        low, high = step(lower, injection), step(upper, injection)
+        return low - 2 * _U * low.abs(), high + 2 * _U * high.abs()
+    assert isinstance(step, ActivationStep)
+    low, high = step(lower), step(upper)
+    slack = _activation_error(step.activation, low, high)
+    return low - slack, high + slack
+
+
+def _activation_error(activation: Activation, low: Tensor, high: Tensor) -> Tensor:
+    """Absolute rounding of the activation where its values lie between these."""
+    base, shift, _ = activation.inner or (activation, 0.0, 1.0)
+    return 2 * activation.ulps * _U * (torch.maximum(low.abs(), high.abs()) + shift + 2 * base.at_zero)
+
+
+def _slopes(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Per step the largest slope on the box, and the rounding of F on it, absolute and entrywise."""
+    slopes: list[Tensor | None] = []
+    error = torch.zeros_like(lower)
+    for step in chain.steps:
+        size = torch.maximum(lower.abs(), upper.abs())
+        slope = None
+        if isinstance(step, AffineStep):
+            magnitude = step.magnitude()
+            error = (magnitude.linear(error) + gamma(step.terms + 4, lower.dtype) * magnitude(size)) * (1 + 1e-9)
+        elif isinstance(step, ActivationStep):
+            # Widened by the error of its argument.
+            slope = step.activation.steepest(lower - error, upper + error)
+        lower, upper = _step_over(step, injection, lower, upper)
+        if isinstance(step, ActivationStep):
+            assert slope is not None
+            error = slope * error * (1 + 1e-12) + _activation_error(step.activation, lower, upper)
+        elif isinstance(step, InjectStep):
+            error = error + 2 * _U * torch.maximum(lower.abs(), upper.abs())
+        error = error + 1e-300
+        slopes.append(slope)
+    return tuple(slopes), error
+
+
+def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """(batch,) kappa < 1 with |J| w <= kappa w, and w, where one was found; inf elsewhere.
+
+    Power iteration (Collatz-Wielandt) looks for the least kappa; then w is made as flat as kappa allows, since a residual
+    counts most where w is small.
+    """
+    w = start / per_sample(amax(start).clamp_min(1e-300), start) + _FLOORS[-1]
+    for _ in range(_POWER_STEPS):
+        w = steep.matvec(w) + 0.05 * w
+        w = w / per_sample(amax(w).clamp_min(1e-300), w) + _FLOORS[-1]
+    best, kappa = w, torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
+    cost = kappa
+    for floor in _FLOORS:
+        trial = w.clamp_min(floor)
+        top = amax(steep.matvec(trial) / trial) * (1 + gamma(terms + 4, w.dtype)) + 1e-280
+        # NaN compares false.
+        now = torch.where(top < 1, top / (1 - top) * amax(1 / trial), math.inf)
+        better = now < cost
+        best = torch.where(per_sample(better, w), trial, best)
+        kappa, cost = torch.where(better, top, kappa), torch.where(better, now, cost)
+    return kappa, best

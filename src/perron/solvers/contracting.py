@@ -1,0 +1,148 @@
+"""Solving and proving where F contracts: steps in the layer's precision, then F once in float64 at what they found.
+
+The contraction factor is known before the first step, so the residual that the tolerance asks for is, too. Samples on
+which F is not known to contract are solved all the same; they stop by residual, and nothing is claimed of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perron._batch import all_finite, amax, amin, per_sample
+from perron.cells import Chain
+from perron.contraction import Contraction, contraction
+from perron.enclosure import relative_error_bound, round_outward
+from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.iteration import Found, Method, Plain, Rule, iterate
+
+__all__ = ["solve_by_contraction"]
+
+# Searches in float64 for samples that are not within the tolerance yet.
+_SEARCHES = 3
+
+
+def solve_by_contraction(
+    solver: IterativeSolver, problem: FixedPointProblem, method: Method | None, z0: Tensor | None
+) -> Solution:
+    """Iterate from z0, or zero, until the enclosure that the contraction factor gives is within the tolerance."""
+    return _Contracting(solver, problem).run(Plain() if method is None else method, z0)
+
+
+@dataclass
+class _Proven:
+    """What is known of each sample, float64: bounds, the largest |F(z) - z| / |F(z)|, and whether the bounds are proven."""
+
+    lower: Tensor
+    upper: Tensor
+    residual: Tensor
+    proven: Tensor
+
+
+class _Contracting:
+    def __init__(self, solver: IterativeSolver, problem: FixedPointProblem) -> None:
+        assert isinstance(problem.map, Chain)
+        self.solver, self.problem = solver, problem
+        exact = problem.to(torch.float64)
+        assert isinstance(exact.map, Chain)
+        plain = exact.map.plainly()
+        assert plain is not None
+        self.exact = replace(exact, map=plain)
+        self.known: Contraction = contraction(plain, exact.injection)
+        self.steps = torch.zeros(len(problem.injection), dtype=torch.long, device=problem.injection.device)
+
+    def run(self, method: Method, z0: Tensor | None) -> Solution:
+        b, solver = self.problem.injection, self.solver
+        if not b.numel():
+            empty = b.double()
+            none = empty.new_zeros(len(b))
+            return self._solution(empty, _Proven(empty, empty, none, none == 0), none)
+        fixed = solver.steps is not None
+        start = torch.zeros_like(b) if z0 is None else z0
+        factor = self.known.factor
+        # The error is at most factor/(1 - factor) times the residual; half of the tolerance is left to its rounding.
+        goal = 0.4 * solver.tol * torch.where(factor < 1, (1 - factor) / factor.clamp_min(0.1), 1.0)
+        found = self._search(
+            self.problem, method, start, Rule(goal.to(b.dtype), None, True, max(solver.limit - 1, 1), fixed)
+        )
+        best = self._prove(found.candidate.double(), None)
+        for _ in range(0 if fixed else _SEARCHES):
+            left = (~self._accepted(best) & all_finite(b)).nonzero().flatten()
+            room = solver.limit - 1 - int(self.steps.max())
+            if not left.numel() or room < 1:
+                break
+            middle = self._middle(best)[left]
+            start = torch.where(per_sample(all_finite(middle), middle), middle, found.value.double()[left])
+            before, self.steps = self.steps, torch.zeros_like(self.steps[left])
+            size = torch.where(best.lower[left] > 0, best.lower[left], per_sample(amax(start.abs()), start))
+            again = self._search(
+                self.exact.select(left), Plain(), start, Rule(0.5 * goal[left], size, True, room, patient=True)
+            )
+            new = self._prove(again.candidate, left)
+            self.steps = before.index_add(0, left, self.steps)
+            for name, value in vars(new).items():
+                setattr(best, name, getattr(best, name).index_copy(0, left, value))
+            found.rate.index_copy_(0, left, again.rate.to(found.rate.dtype))
+        return self._solution(self._middle(best), best, found.rate)
+
+    def _search(self, problem: FixedPointProblem, method: Method, start: Tensor, rule: Rule) -> Found:
+        found = iterate(problem, method, start, rule)
+        self.steps = self.steps + found.steps
+        return found
+
+    def _prove(self, z: Tensor, index: Tensor | None) -> _Proven:
+        """Evaluate F at z, moved into the box, and enclose."""
+        known = self.known if index is None else self.known.select(index)
+        exact = self.exact if index is None else self.exact.select(index)
+        z = torch.minimum(torch.maximum(z, known.lower), known.upper)
+        fz = exact(z)
+        self.steps = self.steps + 1
+        lower, upper, proven = known.enclose(z, fz)
+        mask = per_sample(proven, fz)
+        size = amax(fz.abs()).clamp_min(1e-300)
+        # Where nothing is proven, the point itself stands in for its bounds, until the end.
+        return _Proven(torch.where(mask, lower, fz), torch.where(mask, upper, fz), amax((fz - z).abs()) / size, proven)
+
+    def _middle(self, best: _Proven) -> Tensor:
+        return (best.lower + best.upper) / 2
+
+    def _accepted(self, best: _Proven) -> Tensor:
+        """Within the tolerance by the bounds, or by the residual where there are none."""
+        bound = self._bound(self._middle(best).to(self.problem.injection.dtype), best)
+        return torch.where(best.proven, bound, best.residual) <= self.solver.tol
+
+    def _bound(self, value: Tensor, best: _Proven) -> Tensor:
+        """(batch,) bound on the error of `value`; relative to each entry where all are proven positive, else to the largest."""
+        entrywise = relative_error_bound(value, best.lower, best.upper)
+        gap = amax(torch.maximum(best.upper - value.double(), value.double() - best.lower))
+        size = amax(torch.maximum(best.lower, -best.upper)).clamp_min(1e-300)
+        bound = torch.where(amin(best.lower) > 0, entrywise, gap / size * (1 + 1e-15))
+        return torch.where(best.proven, bound, math.inf)
+
+    def _solution(self, middle: Tensor, best: _Proven, rate: Tensor) -> Solution:
+        b = self.problem.injection
+        finite = all_finite(b)
+        best.proven = best.proven & finite
+        value = torch.where(per_sample(finite, middle), middle, torch.nan).to(b.dtype)
+        bound = self._bound(value, best)
+        mask = per_sample(best.proven, middle)
+        whole = torch.full_like(middle, math.inf)
+        bounds = torch.where(mask, best.lower, -whole), torch.where(mask, best.upper, whole)
+        lower, upper = round_outward(*bounds, b.dtype, signed=True)
+        any_proven = bool(best.proven.any()) or not len(b)
+        return Solution(
+            value,
+            lower if any_proven else None,
+            upper if any_proven else None,
+            self.steps,
+            best.residual,
+            bound,
+            rate.to(torch.float64),
+            self._accepted(best) & finite,
+            best.proven,
+            torch.float64 if any_proven else None,
+            "enclosure" if any_proven else "residual",
+        )

@@ -1,0 +1,378 @@
+"""Cells that contract: the factors, the enclosures they give, and what must be refused."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from perron import certify
+from perron.cells import Activate, Chain, Inject, Normalize, trace
+from perron.contraction import activation_degree, contraction, degree, gain
+from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
+from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from problems import long_picard
+
+TWO = torch.tensor([[10.0, -10.0], [-10.0, 10.0]], dtype=torch.float64)
+SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), MonotoneNewton()]
+
+
+def layer(weight: Tensor, *modules: nn.Module, **options) -> Equilibrium:
+    linear = nn.Linear(*weight.shape, bias=False, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    return Equilibrium(nn.Sequential(linear, *modules), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- degrees
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("tanh+1.2", 0.99913), ("tanh+1.3", 0.7912), ("tanh+1.603", 0.49920), ("tanh+1.1", 1.41)]
+)
+def test_degrees_on_the_whole_line(name: str, expected: float) -> None:
+    """The table of the theory text."""
+    found = activation_degree(name, signed=True)
+    assert found == pytest.approx(expected, rel=2e-3 if expected > 1 else 2e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tanh+1.2",
+        "softsign+0.3",
+        "sigmoid",
+        "sigmoid^0.5",
+        "(tanh+1.2)^0.5",
+        "erf+1",
+        "arctan+2",
+        "one_minus_exp+0.1",
+        "log1p+1",
+        "relu6+2",
+    ],
+)
+def test_degrees_are_upper_bounds_and_sharp(name: str) -> None:
+    from test_activations import REFERENCE
+
+    base, shift, power = _parts(name)
+    values = []
+    for k in range(-60, 60):
+        v = mpmath.mpf(10) ** (mpmath.mpf(k) / 10)
+        f = lambda x: (REFERENCE[base](x) + shift) ** power
+        values.append(float(v * mpmath.diff(f, v) / f(v)) if abs(v - 6) > 0.1 or base != "relu6" else 0.0)
+    bound = activation_degree(name)
+    assert bound >= max(values)
+    # Unbounded ones are only bounded by 1 far out.
+    assert bound <= max(values) * 1.05 or base == "log1p" or base == "relu6"
+
+
+def _parts(name: str) -> tuple[str, float, float]:
+    name, _, power = name.partition("^")
+    base, _, shift = name.strip("()").partition("+")
+    return base, float(shift or 0), float(power or 1)
+
+
+def test_degree_needs_nonnegative_weights_and_a_positive_cell() -> None:
+    def chain(weight: Tensor, *modules: nn.Module) -> Chain:
+        return trace(layer(weight, *modules).cell)
+
+    good = torch.rand(3, 3)
+    assert degree(chain(good, Activate("tanh+1.2"), Inject())) < 0.25
+    assert degree(chain(good, Activate("tanh+1.2"), Inject(), Normalize())) == 2 * activation_degree("tanh+1.2")
+    for modules in ([Activate("tanh"), Inject()], [Activate("tanh"), Inject(), Normalize()]):
+        with pytest.raises(ValueError, match="shift"):
+            degree(chain(good, *modules))
+    with pytest.raises(ValueError, match="nonnegative"):
+        degree(chain(-good, Activate("tanh+1.2"), Inject()))
+    with pytest.raises(ValueError, match="last step"):
+        degree(chain(good, Activate("tanh+1.2"), Normalize(), Inject()))
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 2.0, 3.0, math.inf]), st.sampled_from([None, 1]))
+def test_normalised_cells_contract_in_thompsons_metric(seed: int, p: float, dim: int | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 12, (), generator=generator))
+    scale = 10 ** (4 * torch.rand((), generator=generator) - 2)
+    cell = layer(
+        scale * torch.rand(n, n, generator=generator, dtype=torch.float64),
+        Activate("tanh+1.2"),
+        Inject(),
+        Normalize(p, dim),
+    ).cell
+    chain = trace(cell)
+    b = torch.rand(1, n, generator=generator, dtype=torch.float64)
+    x, y = (10 ** (6 * torch.rand(2, 1, n, generator=generator, dtype=torch.float64) - 3)).unbind()
+    before = float((x.log() - y.log()).abs().max())
+    after = float((chain(x, b).log() - chain(y, b).log()).abs().max())
+    assert after <= degree(chain) * before + 1e-12
+
+
+# -------------------------------------------------------------------------------------------------------- certificates
+
+
+def test_the_counterexamples_have_two_fixed_points_and_no_certificate() -> None:
+    """Subhomogeneous of degree below 1, and yet F(z) = tanh(W z) + 1.2 maps (2.2, 0.2) and (0.2, 2.2) to themselves."""
+    assert activation_degree("tanh+1.2", signed=True) < 1
+    plain = layer(TWO, Activate("tanh+1.2"), Inject())
+    normal = layer(TWO, Activate("tanh+1.603"), Inject(), Normalize())
+    for cell, points in ((plain, (2.2, 0.2)), (normal, (1.0, 0.2317))):
+        certificate = cell.certificate()
+        assert not certificate
+        assert "two fixed points" in str(certificate.refusal)
+        b = torch.zeros(1, 2, dtype=torch.float64)
+        for point in (torch.tensor([points]), torch.tensor([points[::-1]])):
+            z = point.double()
+            for solver in SOLVERS:
+                cell.solver = solver
+                solution = cell.solve(b, z0=z)
+                assert not solution.certified
+                assert not solution.proven.any()
+                assert solution.stopping == "residual"
+                assert solution.error_bound.isinf().all()
+            cell.solver = Picard(tol=1e-10)
+            torch.testing.assert_close(cell.solve(b, z0=z).value, z, rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(0, 10_000))
+def test_gain_bounds_the_lipschitz_constant(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 12, (), generator=generator))
+    weight = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    for name in ("tanh", "sigmoid", "relu", "(tanh+1.2)^0.5"):
+        chain = trace(layer(weight, Activate(name), Inject()).cell)
+        b = torch.zeros(1, n, dtype=torch.float64)
+        x, y = 3 * torch.randn(2, 1, n, generator=generator, dtype=torch.float64)
+        assert float((chain(x, b) - chain(y, b)).abs().max()) <= gain(chain) * float((x - y).abs().max()) + 1e-12
+
+
+def test_certificates_say_what_was_checked() -> None:
+    certificate = SubhomogeneousLinear(3, 5, normalize=2).certificate()
+    assert certificate.kind == "subhomogeneous"
+    assert certificate.rate == pytest.approx(2 * activation_degree("tanh+1.2"))
+    assert SubhomogeneousLinear(3, 5).certificate().kind == "positive concave"
+    bounded = SubhomogeneousLinear(3, 5, weights="signed_bounded").certificate()
+    assert bounded.kind == "bounded gain"
+    assert bounded.metric == "sup norm"
+    assert "sup norm" in str(bounded)
+    signed = SubhomogeneousLinear(3, 5, weights="signed", initial_radius=3.0).certificate()
+    assert not signed
+    assert "signed_bounded" in str(signed.refusal)
+    # Too small a shift: the degree of the normalised cell is not below 1.
+    weak = SubhomogeneousLinear(3, 5, "tanh+0.01", normalize=2).certificate()
+    assert not weak
+    assert "larger shift" in str(weak.refusal)
+    assert not certify(nn.Sequential(SubhomogeneousLinear(3, 5, weights="signed", initial_radius=3.0)))
+
+
+def test_bounded_rows_hold_through_training() -> None:
+    torch.manual_seed(0)
+    cell = SubhomogeneousLinear(4, 6, "(tanh+1.2)^0.5", weights="signed_bounded")
+    optimizer = torch.optim.SGD(cell.parameters(), lr=100.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        cell(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        assert cell.certificate()
+        assert cell.solve(torch.randn(8, 4)).certified
+
+
+# ---------------------------------------------------------------------------------------------------------- enclosures
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[Equilibrium, Tensor]:
+    """Signed or nonnegative, normalised or not, widths 1 to 20, in both precisions."""
+    n = draw(st.integers(1, 20))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    normalize = draw(st.sampled_from([None, 1.0, 2.0, math.inf]))
+    signed = normalize is None and draw(st.booleans())
+    scale = draw(st.sampled_from([0.0, 0.3, 0.9, 2.0, 10.0]))
+    weight = torch.rand(n, n, generator=generator, dtype=dtype)
+    if signed:
+        weight = weight - draw(st.sampled_from([0.1, 0.5]))
+    weight = weight / weight.abs().sum(1).max().clamp_min(1e-30) * scale
+    name = draw(
+        st.sampled_from(["tanh+1.2", "sigmoid", "(tanh+1.2)^0.5", "softsign+1.1", *(["tanh"] if signed else [])])
+    )
+    modules = [Activate(name), Inject()] if normalize is not None or draw(st.booleans()) else [Inject(), Activate(name)]
+    if normalize is not None:
+        modules.append(Normalize(normalize))
+    b = 10 ** (3 * torch.rand(4, n, generator=generator, dtype=dtype) - 2)
+    return layer(weight, *modules), b
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_enclosures_hold(solver) -> None:
+    @settings(max_examples=30)
+    @given(cells())
+    def check(problem) -> None:
+        cell, b = problem
+        cell.solver = solver
+        solution = cell.solve(b)
+        exact = long_picard(trace(cell.cell), b)
+        settled = (trace(cell.cell).to(torch.float64)(exact, b.double()) - exact).abs().amax(1) < 1e-13
+        held = solution.proven & settled
+        if solution.lower is not None:
+            assert (solution.lower.double() <= exact + 1e-12)[held].all()
+            assert (exact - 1e-12 <= solution.upper.double())[held].all()
+        gap = (solution.value.double() - exact).abs()
+        positive = solution.lower is not None and bool((solution.lower > 0).all())
+        error = (gap / exact.abs()).amax(1) if positive else gap.amax(1) / exact.abs().amax(1).clamp_min(1e-300)
+        assert (error <= solution.error_bound * (1 + 1e-9) + 1e-12)[held].all()
+        if cell.certificate():
+            assert solution.certified
+            assert solution.converged.all()
+
+    check()
+
+
+def test_what_is_proven_has_no_second_fixed_point() -> None:
+    """Signed maps, some of them proven: many starts, one limit."""
+    proven = refused = 0
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        n = 2 + seed % 5
+        scale = 3 * float(torch.rand((), generator=generator))
+        weight = scale * torch.randn(n, n, generator=generator, dtype=torch.float64)
+        cell = layer(
+            weight, Activate("tanh+1.2"), Inject(), solver=Picard(tol=1e-8, max_steps=400, on_failure="ignore")
+        )
+        b = torch.rand(1, n, generator=generator, dtype=torch.float64)
+        solution = cell.solve(b)
+        if not solution.certified:
+            refused += 1
+            continue
+        proven += 1
+        starts = 4 * torch.rand(60, n, generator=generator, dtype=torch.float64)
+        found = long_picard_from(trace(cell.cell), b.expand(60, n), starts)
+        assert float((found - solution.value).abs().max()) < 1e-6 + 4 * float(solution.error_bound)
+    assert proven > 50
+    assert refused > 50
+
+
+def long_picard_from(chain: Chain, b: Tensor, z: Tensor) -> Tensor:
+    for _ in range(3000):
+        z = 0.5 * z + 0.5 * chain(z, b)
+    return z.detach()
+
+
+def test_the_weighted_norm_proves_more_than_row_sums() -> None:
+    weight = torch.tensor([[0.1, 5.0], [-0.1, 0.1]], dtype=torch.float64)
+    cell = layer(weight, Activate("tanh"), Inject())
+    assert not cell.certificate()
+    assert cell.solve(torch.rand(3, 2, dtype=torch.float64)).certified
+
+
+# --------------------------------------------------------------------------------------------------------- hard inputs
+
+
+@pytest.mark.parametrize("weights", ["nonnegative", "signed", "signed_bounded"])
+def test_bad_samples_leave_their_neighbours_alone(weights) -> None:
+    torch.manual_seed(1)
+    options = {} if weights != "nonnegative" else {"normalize": math.inf}
+    cell = SubhomogeneousLinear(5, 5, weights=weights, injection="given", initial_radius=0.3, **options)
+    cell.solver = Auto(on_failure="ignore")
+    b = torch.rand(4, 5)
+    alone = cell.solve(b)
+    b[1, 2], b[3, 0] = math.nan, math.inf
+    together = cell.solve(b)
+    for k in (0, 2):
+        torch.testing.assert_close(together.value[k], alone.value[k], rtol=1e-6, atol=1e-6)
+        assert together.proven[k] == alone.proven[k]
+    for k in (1, 3):
+        assert not together.converged[k]
+        assert not together.proven[k]
+        assert together.value[k].isnan().all()
+
+
+def test_a_negative_injection_is_not_certified_by_the_degree() -> None:
+    cell = SubhomogeneousLinear(3, 3, normalize=2, injection="given", solver=Auto(on_failure="ignore"))
+    b = torch.rand(3, 3)
+    b[1, 0] = -0.1
+    assert cell.solve(b).proven.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e30])
+def test_extreme_weights(scale: float) -> None:
+    for modules in ([Activate("tanh+1.2"), Inject(), Normalize()], [Activate("tanh+1.2"), Inject()]):
+        cell = layer(torch.rand(4, 4) * scale, *modules)
+        solution = cell.solve(torch.rand(3, 4))
+        assert solution.certified
+        assert (solution.error_bound <= 1e-4).all()
+    signed = layer(torch.randn(4, 4) * scale, Activate("tanh+1.2"), Inject(), solver=Auto(on_failure="ignore"))
+    solution = signed.solve(torch.rand(3, 4))
+    assert solution.certified == (scale < 1)
+
+
+def test_shapes_precisions_and_layouts() -> None:
+    cell = SubhomogeneousLinear(4, 6, normalize=2)
+    assert cell(torch.randn(0, 4)).shape == (0, 6)
+    assert cell.solve(torch.randn(0, 4)).certified
+    x = torch.randn(8, 4)
+    strided = torch.randn(8, 8)[:, ::2].copy_(x)
+    torch.testing.assert_close(cell(strided), cell(x))
+    with pytest.raises(ValueError, match="features"):
+        cell(torch.randn(3, 5))
+    for dtype in (torch.float16, torch.bfloat16):
+        half = SubhomogeneousLinear(4, 6, normalize=2, dtype=dtype)
+        assert half(x.to(dtype)).dtype == dtype
+        assert half.last_solution.certified
+    image = SubhomogeneousConv2d(2, 3, normalize=math.inf, normalize_dim=1)
+    assert image.solve(torch.randn(2, 2, 5, 4)).certified
+    assert SubhomogeneousConv2d(2, 3, weights="signed_bounded").solve(torch.randn(2, 2, 5, 4)).certified
+    with pytest.raises(ValueError, match="signed"):
+        SubhomogeneousLinear(2, 2, normalize=2, weights="signed_bounded")
+    with pytest.raises(ValueError, match="weights"):
+        SubhomogeneousLinear(2, 2, weights="positive")
+
+
+@pytest.mark.parametrize(
+    "options", [{"normalize": 2.0}, {"weights": "signed", "initial_radius": 0.4}, {"weights": "signed_bounded"}, {}]
+)
+def test_gradients_are_those_of_finite_differences_and_of_the_unrolled_loop(options) -> None:
+    torch.manual_seed(0)
+    cell = SubhomogeneousLinear(3, 4, dtype=torch.float64, solver=Auto(tol=1e-12, max_steps=500), **options)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (x,), eps=1e-6, atol=1e-7)
+    b, chain = cell.injected(x), trace(cell.cell)
+    z = torch.ones_like(b)
+    for _ in range(200):
+        z = chain(z, b)
+    v = torch.randn_like(z)
+    parameters = [x, *cell.parameters()]
+    for ours, unrolled in zip(
+        torch.autograd.grad(cell(x), parameters, v), torch.autograd.grad(z, parameters, v), strict=True
+    ):
+        torch.testing.assert_close(ours, unrolled, rtol=1e-8, atol=1e-9)
+
+
+def test_a_refused_layer_has_no_bound_on_its_gradient() -> None:
+    cell = SubhomogeneousLinear(3, 4, normalize=2)
+    cell(torch.randn(2, 3)).sum().backward()
+    assert cell.last_solution.certified
+    assert not cell.last_solution.adjoint.certified
+
+
+def test_fixed_steps() -> None:
+    cell = SubhomogeneousLinear(3, 4, normalize=2, solver=Picard(steps=10, on_failure="ignore"))
+    solution = cell.solve(torch.randn(5, 3))
+    assert solution.steps.tolist() == [10] * 5
+    assert solution.certified
+
+
+def test_no_proof_is_looked_for_where_none_is_wanted() -> None:
+    cell = SubhomogeneousLinear(3, 4, normalize=2, solver=Auto(verify=None))
+    solution = cell.solve(torch.randn(5, 3))
+    assert not solution.certified
+    assert solution.stopping == "residual"
+
+
+def test_rounding_of_signed_sums_is_accounted_for() -> None:
+    """Large weights that cancel: F in float64 is wrong by more than the distance of two iterates."""
+    big = torch.tensor([[1e13, -1e13], [1e13, -1e13]], dtype=torch.float64) * (1 - 1e-3)
+    known = contraction(trace(layer(big, Activate("tanh"), Inject()).cell), torch.zeros(1, 2, dtype=torch.float64))
+    assert float(known.error.min()) > 1e-4
