@@ -350,7 +350,90 @@ def test_gradients_are_those_of_finite_differences_and_of_the_unrolled_loop(opti
         torch.testing.assert_close(ours, unrolled, rtol=1e-8, atol=1e-9)
 
 
-def test_a_refused_layer_has_no_bound_on_its_gradient() -> None:
+@pytest.mark.parametrize(
+    "name", ["relu", "softsign", "relu6", "tanh", "sigmoid", "arctan", "identity", "one_minus_exp"]
+)
+@pytest.mark.parametrize("scale", [0.9, 1.3])
+def test_gradients_where_the_state_or_its_argument_is_negative(name: str, scale: float) -> None:
+    """The slope of an activation follows from its value on the orthant only."""
+    torch.manual_seed(3)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+    weight *= scale / weight.abs().sum(1).max() if name != "one_minus_exp" else 0.01
+    cell = layer(weight, Inject(), Activate(name), solver=Auto(tol=1e-12, max_steps=2000, on_failure="ignore"))
+    b = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (b,), eps=1e-6, atol=1e-6)
+
+
+def test_a_map_that_diverges_says_so() -> None:
+    cell = layer(3 * torch.eye(2), Inject(), Activate("one_minus_exp"), solver=Auto(on_failure="ignore"))
+    solution = cell.solve(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    assert solution.converged.tolist() == [False, True]
+    assert not solution.proven.any()
+
+
+@settings(max_examples=60)
+@given(cells(), st.sampled_from([1e-2, 1e-4, 1e-8]))
+def test_bounds_of_the_adjoint(problem, tol: float) -> None:
+    cell, b = problem
+    cell.solver = Auto(tol=tol, max_steps=2000, on_failure="ignore")
+    b = b.requires_grad_()
+    value = cell(b)
+    solution = cell.last_solution
+    v = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=value.dtype)
+    (ours,) = torch.autograd.grad(value, b, v)
+    adjoint = cell.last_solution.adjoint
+    chain = trace(cell.cell).to(torch.float64)
+    if chain.normalizes:
+        assert not adjoint.certified
+        return
+    exact = long_picard(chain, b)
+    if not solution.certified or float((chain(exact, b.double()) - exact).abs().max()) > 1e-13:
+        return
+    assert adjoint.certified
+    x = b.detach().double()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c: chain(z[None], c[None])[0]))(exact, x)
+    g = torch.linalg.solve(torch.eye(x.shape[1], dtype=x.dtype) - jacobian.mT, v.double())
+    expected = torch.func.vjp(lambda c: chain(exact, c), x)[1](g)[0]
+    # The bound is in a weighted norm of g; of a gradient whose largest entry dominates, this is left of it.
+    size = expected.abs().amax(1).clamp_min(1e-300)
+    assert torch.isfinite(adjoint.error_bound).all()
+    if cell.certificate().kind == "bounded gain":
+        assert ((ours.double() - expected).abs().amax(1) / size)[size > 1e-3].lt(100 * tol + 1e-5).all()
+
+
+def test_the_bound_of_the_adjoint_holds_in_its_norm() -> None:
+    """Against the exact adjoint, in the norm of the proof; loose enclosures too."""
+    from perron.solvers.adjoint import _SignedProof, solve_adjoint
+
+    worst = 0.0
+    for seed in range(80):
+        generator = torch.Generator().manual_seed(seed)
+        n = 2 + seed % 9
+        weight = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        weight *= 0.95 / weight.abs().sum(1).max()
+        name = ["tanh", "sigmoid", "softsign", "(tanh+1.2)^0.5", "arctan"][seed % 5]
+        cell = layer(weight, Inject(), Activate(name))
+        chain = trace(cell.cell)
+        chain = chain.rebind([t.detach() for t in chain.tensors])
+        b = torch.randn(3, n, generator=generator, dtype=torch.float64)
+        exact = long_picard(chain, b)
+        width = 10.0 ** -(seed % 6)
+        value = exact + width * (torch.rand(b.shape, generator=generator, dtype=b.dtype) - 0.5)
+        bounds = (torch.minimum(value, exact) - 1e-12, torch.maximum(value, exact) + 1e-12)
+        v = torch.randn(b.shape, generator=generator, dtype=b.dtype)
+        g, found = solve_adjoint(
+            chain, value, b, v, Auto(tol=1e-6, on_failure="ignore"), bounds=bounds, structure="contracting"
+        )
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c, f=chain: f(z[None], c[None])[0]))(exact, b)
+        truth = torch.linalg.solve(torch.eye(n, dtype=b.dtype) - jacobian.mT, v)
+        w = _SignedProof(chain, b, bounds, None).weights
+        error = (w * (g - truth).abs()).sum(1) / (w * g.abs()).sum(1)
+        assert (error <= found.error_bound).all()
+        worst = max(worst, float((error / found.error_bound)[found.error_bound > 1e-8].max()) if width > 1e-3 else 0.0)
+    assert worst > 0.02, "far from sharp"
+
+
+def test_a_normalised_layer_has_no_bound_on_its_gradient() -> None:
     cell = SubhomogeneousLinear(3, 4, normalize=2)
     cell(torch.randn(2, 3)).sum().backward()
     assert cell.last_solution.certified

@@ -109,6 +109,7 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
         v,
         layer.solver,
         bounds=(layer.last_solution.lower, layer.last_solution.upper),
+        structure="concave",
     )
     from perron.solvers.adjoint import _norm, _Proof
 

@@ -72,6 +72,19 @@ class Activation:
             return (base.infimum + shift) ** power if base.infimum + shift >= 0 else math.nan
         return {"odd": 2 * self.at_zero - self.supremum, "flat": self.at_zero, None: math.nan}[self.below_zero]
 
+    def flattest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """The smallest slope between `lower` and `upper`, entrywise, rounded down; 0 where it is not known."""
+        if self.inner is not None:
+            base, shift, power = self.inner
+            most = base(upper)
+            most = most + self.ulps * torch.finfo(lower.dtype).eps * (most.abs() + shift) + shift
+            factor = power * most.pow(power - 1) if power != 1 else 1.0
+            return base.flattest(lower, upper) * factor * (1 - self.ulps * torch.finfo(lower.dtype).eps)
+        farthest = torch.maximum(lower.abs(), upper.abs()) if self.below_zero == "odd" else upper
+        slope = self.derivative(farthest) - self.ulps * torch.finfo(lower.dtype).eps * self.slope_at_zero
+        known = torch.ones_like(lower, dtype=torch.bool) if self.below_zero == "odd" else lower >= 0
+        return torch.where(known, slope.clamp_min(0), 0.0)
+
     def steepest(self, lower: Tensor, upper: Tensor) -> Tensor:
         """The largest slope between `lower` and `upper`, entrywise, rounded up; NaN where it is not known."""
         if self.inner is not None:

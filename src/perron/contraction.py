@@ -31,7 +31,7 @@ from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep
 from perron.rounding import gamma
 
-__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain"]
+__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "variation"]
 
 _GRID = 400_000
 # Rounds that shrink the invariant box, and power steps for the weights of the norm, and least weights that are tried.
@@ -197,12 +197,7 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
     if box is None:
         return Contraction(unknown, unknown, torch.ones_like(injection), -whole, whole, whole, math.inf)
     lower, upper = box
-    slopes, error = _slopes(chain, injection, lower, upper)
-    steep = ChainLinearization(
-        tuple(s.magnitude() if isinstance(s, AffineStep) else s for s in chain.steps),
-        (injection.shape,) * len(chain.steps),
-        slopes,
-    )
+    steep, _, error = sensitivity(chain, injection, lower, upper)
     factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
     return Contraction(unknown, factor, weights, lower, upper, error, math.inf)
 
@@ -287,28 +282,52 @@ def _activation_error(activation: Activation, low: Tensor, high: Tensor) -> Tens
     return 2 * activation.ulps * _U * (torch.maximum(low.abs(), high.abs()) + shift + 2 * base.at_zero)
 
 
-def _slopes(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Per step the largest slope on the box, and the rounding of F on it, absolute and entrywise."""
-    slopes: list[Tensor | None] = []
+def sensitivity(
+    chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor
+) -> tuple[ChainLinearization, tuple[Tensor | None, ...], Tensor]:
+    """What is known of J on a box, float64.
+
+    Returns:
+        |A| and the largest slopes, as an operator that bounds |J(z)| for every z in the box; the smallest slopes, one for
+        each step; and the rounding of F on the box, absolute and entrywise.
+    """
+    largest: list[Tensor | None] = []
+    smallest: list[Tensor | None] = []
+    shapes: list[torch.Size] = []
     error = torch.zeros_like(lower)
     for step in chain.steps:
-        size = torch.maximum(lower.abs(), upper.abs())
-        slope = None
+        shapes.append(lower.shape)
+        steep = flat = None
         if isinstance(step, AffineStep):
             magnitude = step.magnitude()
+            size = torch.maximum(lower.abs(), upper.abs())
             error = (magnitude.linear(error) + gamma(step.terms + 4, lower.dtype) * magnitude(size)) * (1 + 1e-9)
         elif isinstance(step, ActivationStep):
             # Widened by the error of its argument.
-            slope = step.activation.steepest(lower - error, upper + error)
+            steep = step.activation.steepest(lower - error, upper + error)
+            flat = step.activation.flattest(lower - error, upper + error)
         lower, upper = _step_over(step, injection, lower, upper)
         if isinstance(step, ActivationStep):
-            assert slope is not None
-            error = slope * error * (1 + 1e-12) + _activation_error(step.activation, lower, upper)
+            assert steep is not None
+            error = steep * error * (1 + 1e-12) + _activation_error(step.activation, lower, upper)
         elif isinstance(step, InjectStep):
             error = error + 2 * _U * torch.maximum(lower.abs(), upper.abs())
         error = error + 1e-300
-        slopes.append(slope)
-    return tuple(slopes), error
+        largest.append(steep)
+        smallest.append(flat)
+    steps = tuple(s.magnitude() if isinstance(s, AffineStep) else s for s in chain.steps)
+    return ChainLinearization(steps, tuple(shapes), tuple(largest)), tuple(smallest), error
+
+
+def variation(steep: ChainLinearization, smallest: tuple[Tensor | None, ...], w: Tensor) -> Tensor:
+    """At least |J(x) - J(y)| w for x, y in the box of `sensitivity`, w >= 0, but for rounding."""
+    change = torch.zeros_like(w)
+    for step, most, least in zip(steep.steps, steep.diagonals, smallest, strict=True):
+        if isinstance(step, AffineStep):
+            w, change = step.linear(w), step.linear(change)
+        elif most is not None and least is not None:
+            w, change = most * w, most * change + (most - least) * w
+    return change
 
 
 def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from perron._batch import VmapInfo, fold_vmap, refuse_nested_forward_mode
 from perron.cells import Chain, Map, Opaque
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
-from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver
+from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver, Structure
 
 __all__ = ["fixed_point"]
 
@@ -70,6 +70,7 @@ class _Run:
     pose: Callable[[Chain | Opaque, Tensor], FixedPointProblem]
     on_adjoint: Callable[[AdjointSolution], None] | None
     solution: Solution | None = None
+    structure: Structure | None = None
 
     def evaluate(self, z: Tensor, injection: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return self.map.rebind(tensors)(z, injection)
@@ -85,8 +86,11 @@ class _FixedPoint(torch.autograd.Function):
         solution = run.solver.solve(problem) if z0 is None else run.solver.solve(problem, z0)
         run.solution = solution.detach()
         value = solution.value.clone()
-        # The bound of the adjoint takes a Jacobian that falls as z grows.
-        if not problem.proven or solution.lower is None or solution.upper is None or not solution.certified:
+        # Weights under vmap are one problem each.
+        same = run.structure in (None, problem.structure)
+        run.structure = problem.structure if same else "unknown"
+        bounded = run.structure != "unknown" and solution.certified
+        if not bounded or solution.lower is None or solution.upper is None:
             none = value.new_empty(len(value), 0)
             return value, none, none.clone()
         return value, solution.lower, solution.upper
@@ -128,7 +132,7 @@ class _Adjoint(torch.autograd.Function):
         bounds = (lower, upper) if lower.shape == z.shape and z.numel() else None
         own = getattr(run.solver, "solve_adjoint", None)
         solve = partial(solve_adjoint, solver=run.solver) if own is None else own
-        g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds)
+        g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds, structure=run.structure or "unknown")
         if run.on_adjoint is not None:
             run.on_adjoint(report)
         return g.clone() if g is v else g
@@ -170,7 +174,7 @@ class _Tangent(torch.autograd.Function):
     def forward(
         run: _Run, z: Tensor, lower: Tensor, upper: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor
     ) -> Tensor:
-        w = solve_tangent(run.map.rebind(tensors), z, injection, v, run.solver)
+        w = solve_tangent(run.map.rebind(tensors), z, injection, v, run.solver, run.structure or "unknown")
         return w.clone() if w is v else w
 
     @staticmethod

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
 from perron.cells import Chain, ChainLinearization, Linearization, Map
+from perron.contraction import sensitivity, variation
 from perron.rounding import gamma, unit_roundoff
 from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import AdjointSolution, Solver, report_failure
+from perron.solvers.base import AdjointSolution, Solver, Structure, report_failure
 from perron.solvers.iteration import Found, Rule, iterate
 from perron.solvers.mixing import Mixing
 
@@ -79,9 +80,9 @@ def _norm(weights: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Solver) -> Tensor:
+def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Solver, structure: Structure) -> Tensor:
     """w = (I - J)^{-1} v at z, (batch, ...), to the solver's tolerance on the relative residual."""
-    jacobian = _linearized(map, z, injection)
+    jacobian = _linearized(map, z, injection, structure)
     found = _iterate(_Linear(jacobian, v, False), None, None, Rule(solver.tol, None, False, solver.max_steps))
     converged = found.measure <= solver.tol
     report_failure("tangent", converged, found.measure, solver.tol, solver.max_steps, solver.on_failure)
@@ -97,6 +98,7 @@ def solve_adjoint(
     solver: Solver,
     *,
     bounds: tuple[Tensor, Tensor] | None = None,
+    structure: Structure,
 ) -> tuple[Tensor, AdjointSolution]:
     """Solve g = J(z)^T g + v, and bound the error of g where bounds of the fixed point are given.
 
@@ -107,6 +109,7 @@ def solve_adjoint(
         v: (batch, ...) the incoming gradient.
         solver: its tol (relative), max_steps and on_failure.
         bounds: proven lower and upper bounds of the fixed point.
+        structure: what is proven of the cell.
 
     Returns:
         (g, AdjointSolution).
@@ -114,7 +117,9 @@ def solve_adjoint(
     if not v.numel():
         none = v.new_zeros(len(v))
         return v, AdjointSolution(none.long(), none, none, none == 0, False)
-    g, solution, measure = adjoint_in_steps(map, z, injection, v, solver.tol, solver.max_steps, bounds=bounds)
+    g, solution, measure = adjoint_in_steps(
+        map, z, injection, v, solver.tol, solver.max_steps, bounds=bounds, structure=structure
+    )
     report_failure("adjoint", solution.converged, measure, solver.tol, solver.max_steps, solver.on_failure)
     return g, solution
 
@@ -129,24 +134,25 @@ def adjoint_in_steps(
     steps: int,
     *,
     bounds: tuple[Tensor, Tensor] | None = None,
+    structure: Structure,
     fixed: bool = False,
 ) -> tuple[Tensor, AdjointSolution, Tensor]:
     """`solve_adjoint` in at most, or if `fixed` exactly, so many products; also returns the measure of convergence.
 
     With `fixed` nothing waits for the device.
     """
-    jacobian = _linearized(map, z, injection)
+    jacobian = _linearized(map, z, injection, structure)
     problem = _Linear(jacobian, v, True)
     model, slope = None, None
-    if isinstance(map, Chain) and isinstance(jacobian, ChainLinearization):
+    if structure == "concave" and isinstance(map, Chain) and isinstance(jacobian, ChainLinearization):
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
-    if bounds is None or not isinstance(map, Chain):
+    if bounds is None or structure == "unknown" or not isinstance(map, Chain):
         found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed))
         unknown = torch.full_like(found.measure, math.inf)
         solution = AdjointSolution(found.steps, found.measure, unknown, found.measure <= tol, False)
         return found.value, solution, found.measure
-    proof = _Proof(map, injection, bounds, model, fixed)
+    proof = (_Proof if structure == "concave" else _SignedProof)(map, injection, bounds, model, fixed)
     contracts = proof.kappa < 1
     margin = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
     # Where no kappa was found the plain sum of entries serves to stop.
@@ -158,9 +164,9 @@ def adjoint_in_steps(
     return g, AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
 
 
-def _linearized(map: Map, z: Tensor, injection: Tensor) -> Linearization:
-    """J at the fixed point z, from its value alone where the cell allows it."""
-    found = map.linearize_at_fixed_point(z) if isinstance(map, Chain) else None
+def _linearized(map: Map, z: Tensor, injection: Tensor, structure: Structure) -> Linearization:
+    """J at the fixed point z, from its value alone where the cell allows it: on the orthant."""
+    found = map.linearize_at_fixed_point(z) if structure == "concave" and isinstance(map, Chain) else None
     return map.linearize(z, injection) if found is None else found
 
 
@@ -171,7 +177,15 @@ def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, 
 
 
 class _Proof:
-    """The weighted norm in which J*^T contracts, and the error bound in it, rounding included."""
+    """The weighted norm in which J*^T contracts, and the error bound in it, rounding included.
+
+    Attributes:
+        exact: the chain in float64.
+        weights: w; kappa: (batch,) with |J*| w <= kappa w; spread: at least |J - J*| w.
+        exact_rounding: of the last product and the norms, relative to what is summed.
+    """
+
+    structure: Structure = "concave"
 
     def __init__(
         self,
@@ -220,7 +234,7 @@ class _Proof:
     def finish(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """g, the candidate improved by one product; (batch,) its residual, and the bound on ||g - g*||_w / ||g||_w."""
         c, exact_v, w = candidate.double(), v.double(), self.weights
-        exact = _linearized(self.exact, z.double(), self.injection.double()).rmatvec(c) + exact_v
+        exact = _linearized(self.exact, z.double(), self.injection.double(), self.structure).rmatvec(c) + exact_v
         g = exact.to(v.dtype)
         norm, residual = _norm(w, g.double()), _norm(w, exact - c)
         entries = g[0].numel()
@@ -236,6 +250,28 @@ class _Proof:
         proven = (self.kappa < 1) & all_finite(g) & torch.isfinite(bound)
         relative = torch.where(norm > 0, residual / norm, residual)
         return g, relative.to(v.dtype), torch.where(proven, bound, math.inf)
+
+
+class _SignedProof(_Proof):
+    """The same for cells that contract: |J| is bounded over the whole enclosure, and so is its variation in it."""
+
+    structure: Structure = "contracting"
+
+    def __init__(
+        self,
+        chain: Chain,
+        injection: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        model: Aggregation | None,
+        fixed: bool = False,
+    ) -> None:
+        self.exact, self.injection = chain.to(torch.float64), injection
+        count = sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps)
+        self.rounding = self.exact_rounding = 4 * gamma(count, torch.float64)
+        lower, upper = (t.double() for t in bounds)
+        steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
+        self.weights, _, self.kappa = _weights(steep, torch.ones_like(lower), self.rounding, fixed)
+        self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
 
 
 def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,9 +21,12 @@ __all__ = [
     "OnFailure",
     "Solution",
     "Solver",
+    "Structure",
 ]
 
 OnFailure = Literal["warn", "raise", "ignore"]
+# What is proven of a cell: J >= 0, and J falls as z grows; or F contracts, with J of any sign.
+Structure = Literal["concave", "contracting", "unknown"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -128,6 +131,13 @@ class FixedPointProblem:
     def __call__(self, z: Tensor) -> Tensor:
         return self.map(z, self.injection)
 
+    @property
+    def structure(self) -> Structure:
+        if self.proven:
+            return "concave"
+        known = self.contracts and isinstance(self.map, Chain) and not self.map.normalizes
+        return "contracting" if known else "unknown"
+
     def select(self, index: Tensor) -> FixedPointProblem:
         return replace(self, injection=self.injection[index])
 
@@ -141,7 +151,7 @@ class FixedPointProblem:
 class Solver(Protocol):
     """Anything that solves a problem. `tol` is the tolerance on the relative error, also of the adjoint.
 
-    A solver with a method `solve_adjoint(map, z, injection, v, bounds)` solves the adjoint itself; for the others
+    A solver with a method `solve_adjoint(map, z, injection, v, bounds, structure)` solves the adjoint itself; for the others
     `perron.solvers.adjoint.solve_adjoint` does.
     """
 

@@ -20,7 +20,7 @@ from perron.cells import ActivationStep, Chain, Map
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.auto import Auto
-from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution
+from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Structure
 
 __all__ = ["Compiled"]
 
@@ -94,10 +94,16 @@ class Compiled(Auto):
         return found.merged(super()._solve(problem.select(left), None), left) if left.numel() else found
 
     def solve_adjoint(
-        self, map: Map, z: Tensor, injection: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor] | None
+        self,
+        map: Map,
+        z: Tensor,
+        injection: Tensor,
+        v: Tensor,
+        bounds: tuple[Tensor, Tensor] | None,
+        structure: Structure,
     ) -> tuple[Tensor, AdjointSolution]:
         """The adjoint likewise; a batch in which some sample does not converge is solved again uncompiled."""
-        plan = self._plan("adjoint", map, v) if bounds is not None else None
+        plan = self._plan("adjoint", map, v) if bounds is not None and structure == "concave" else None
         if plan is not None and plan.run is not None and bounds is not None:
             tensors = self._try(plan, list(map.tensors), z, injection, v, *bounds)
             if tensors is not None:
@@ -107,7 +113,7 @@ class Compiled(Auto):
                 self._judge(plan, not converged)
                 if converged:
                     return g, found
-        g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds)
+        g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds, structure=structure)
         if plan is not None and plan.run is None and plan.observe(found.steps):
             plan.run = self._compile_adjoint(map, plan.steps)
         return g, found
@@ -159,7 +165,15 @@ class Compiled(Auto):
             tensors: list[Tensor], z: Tensor, injection: Tensor, v: Tensor, lower: Tensor, upper: Tensor
         ) -> tuple[Tensor, ...]:
             g, found, _ = adjoint_in_steps(
-                template.rebind(tensors), z, injection, v, tol, steps, bounds=(lower, upper), fixed=True
+                template.rebind(tensors),
+                z,
+                injection,
+                v,
+                tol,
+                steps,
+                bounds=(lower, upper),
+                structure="concave",
+                fixed=True,
             )
             return g, *(getattr(found, name) for name in _ADJOINT)
 

@@ -237,7 +237,9 @@ class _Loop:
                 if k > 2 and not self.rule.patient:
                     running &= measure * rate ** (self.rule.limit - k) <= tol
             else:
-                running = (measure > tol) & np.isfinite(measure)
+                running = measure > tol
+            # Who has diverged will not come back.
+            running &= np.isfinite(measure)
             count = running.sum()
             if count == 0:
                 return True
