@@ -365,7 +365,9 @@ def test_gradients_where_the_state_or_its_argument_is_negative(name: str, scale:
 
 
 def test_a_map_that_diverges_says_so() -> None:
-    cell = layer(3 * torch.eye(2), Inject(), Activate("one_minus_exp"), solver=Auto(on_failure="ignore"))
+    cell = layer(
+        torch.tensor([[3.0, -0.1], [0.0, 3.0]]), Inject(), Activate("one_minus_exp"), solver=Auto(on_failure="ignore")
+    )
     solution = cell.solve(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
     assert solution.converged.tolist() == [False, True]
     assert not solution.proven.any()
