@@ -13,7 +13,7 @@ from perron import certify
 from perron.cells import Activate, Chain, Inject, Normalize, trace
 from perron.contraction import activation_degree, contraction, degree, gain
 from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
-from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
 from problems import long_picard
 
 TWO = torch.tensor([[10.0, -10.0], [-10.0, 10.0]], dtype=torch.float64)
@@ -461,3 +461,38 @@ def test_rounding_of_signed_sums_is_accounted_for() -> None:
     big = torch.tensor([[1e13, -1e13], [1e13, -1e13]], dtype=torch.float64) * (1 - 1e-3)
     known = contraction(trace(layer(big, Activate("tanh"), Inject()).cell), torch.zeros(1, 2, dtype=torch.float64))
     assert float(known.error.min()) > 1e-4
+
+
+def test_the_enclosures_are_sharp_and_no_sharper() -> None:
+    """F(z) = 0.9 z + 1 from a distance, and F(z) = (z + 0.001)^0.9: nearly every inequality of the proofs is met."""
+    b = torch.ones(1, 1, dtype=torch.float64)
+    linear = trace(layer(torch.full((1, 1), 0.9, dtype=torch.float64), Inject(), Activate("identity")).cell)
+    known = contraction(linear, b)
+    assert float(known.supremum) == pytest.approx(0.9, rel=1e-6)
+    z = torch.full_like(b, 3.0)
+    lower, upper, proven = known.enclose(z, linear(z, b).detach())
+    assert proven.all()
+    assert 10 <= float(upper) <= 10 + 1e-5
+    assert float(lower) < 3.7
+    power = trace(layer(torch.ones(1, 1, dtype=torch.float64), Inject(), Activate("(identity+0.001)^0.9")).cell)
+    known = contraction(power, 0 * b)
+    assert float(known.thompson) == pytest.approx(0.9, rel=1e-4)
+    exact = float(long_picard(power, 0 * b))
+    z = torch.full_like(b, 1e6)
+    lower, upper, proven = known.enclose(z, power(z, 0 * b).detach())
+    assert proven.all()
+    assert exact * 0.9 < float(lower) <= exact
+    assert float(upper) > exact
+
+
+def test_candidates_outside_of_the_box_are_moved_into_it() -> None:
+    from perron.solvers.contracting import _Contracting
+
+    weight = torch.tensor([[0.3, -0.2], [0.1, 0.2]], dtype=torch.float64)
+    problem = FixedPointProblem(
+        trace(layer(weight, Activate("tanh"), Inject()).cell), torch.rand(1, 2).double(), contracts=True
+    )
+    with torch.no_grad():
+        run = _Contracting(Picard(), problem)
+        outside, edge = run._prove(torch.full((1, 2), 1e6).double(), None), run._prove(run.known.upper, None)
+    torch.testing.assert_close(outside.upper, edge.upper, rtol=0, atol=0)
