@@ -13,7 +13,7 @@ ORDER = [
     ("structured",),
     ("affine",),
     ("cells",),
-    ("contraction",),
+    ("contraction", "monotone"),
     ("certificates",),
     ("enclosure",),
     ("solvers",),

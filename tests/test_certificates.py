@@ -107,12 +107,12 @@ def test_steps_outside_the_class_are_refused(step: nn.Module) -> None:
 def test_relu_after_signed_weights_is_refused_and_still_computed() -> None:
     linear = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
-        linear.weight.copy_(-torch.eye(3))
+        linear.weight.copy_(torch.tensor([[0.0, -3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     layer = Equilibrium(nn.Sequential(linear, Inject(), nn.ReLU()))
     assert not layer.certificate()
     b = torch.tensor([[1.0, -2.0, 3.0]])
     value = layer(b)
-    torch.testing.assert_close(value, torch.relu(b - value), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(value, torch.tensor([[1.0, 0.0, 3.0]]))
     assert not layer.last_solution.certified
 
 
@@ -159,6 +159,10 @@ def test_tampering_is_seen() -> None:
     assert certify(layer)
     with torch.no_grad():
         layer.cell[0].weight[0, 0] = -1
+    # Not positive concave any more; what it is now, is said.
+    assert certify(layer).kind == "monotone"
+    with torch.no_grad():
+        layer.cell[0].weight[0, 1] = layer.cell[0].weight[1, 0] = -10
     assert not certify(layer)
     layer.solver = Picard(on_failure="ignore")
     assert not layer.solve(torch.randn(2, 4)).certified

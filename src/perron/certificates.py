@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, InjectStep, trace
 from perron.contraction import check_nonnegative, degree, gain
+from perron.monotone import margin
 from perron.rounding import gamma
 
-__all__ = ["Certificate", "certify", "contracting", "derive", "spectral_radius_bound"]
+__all__ = ["Certificate", "certify", "contracting", "derive", "either", "refused", "spectral_radius_bound"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Certificate:
 
     Attributes:
         exists: a fixed point exists.
-        unique: it is the only one in the nonnegative orthant.
-        geometric: Picard iteration converges to it geometrically from every start there.
-        kind: "positive concave", "subhomogeneous", "bounded gain", "network" for a whole module, or "none".
+        unique: it is the only one in the nonnegative orthant, or for kinds "bounded gain" and "monotone" at all.
+        geometric: Picard iteration, or for "monotone" operator splitting, converges to it geometrically.
+        kind: "positive concave", "subhomogeneous", "bounded gain", "monotone", "network" for a whole module, or "none".
         assumptions: what was checked, in words.
         refusal: None, or the reason why nothing is certified.
         rate: an a-priori contraction factor in `metric`, where the theory gives one below 1.
@@ -54,7 +55,10 @@ class Certificate:
         if not self:
             lines = [f"not certified ({self.kind}): {self.refusal}"]
         else:
-            lines = [f"certified ({self.kind}): the fixed point exists, is unique, and Picard converges geometrically"]
+            method = "operator splitting" if self.kind == "monotone" else "Picard"
+            lines = [
+                f"certified ({self.kind}): the fixed point exists, is unique, and {method} converges geometrically"
+            ]
         lines += [f"  checked: {a}" for a in self.assumptions]
         if self.rate is not None:
             lines.append(
@@ -65,7 +69,8 @@ class Certificate:
         return "\n".join(lines)
 
 
-def _refused(reason: str, *, kind: str = "none") -> Certificate:
+def refused(reason: str, *, kind: str = "none") -> Certificate:
+    """Nothing is certified, for this reason."""
     return Certificate(False, False, False, kind, refusal=reason)
 
 
@@ -181,7 +186,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
                 "scale the weights down or use a bounded activation"
             )
     except Refusal as refusal:
-        return _refused(str(refusal), kind="positive concave")
+        return refused(str(refusal), kind="positive concave")
     names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
     count = sum(t.numel() for t in chain.tensors)
     return Certificate(
@@ -205,19 +210,22 @@ def either(concave: Certificate, contraction: Certificate) -> Certificate:
     """The certificate that holds, or a refusal with both reasons."""
     if concave or contraction:
         return concave or contraction
-    return _refused(f"not positive concave: {concave.refusal}. Not contracting: {contraction.refusal}")
+    return refused(f"not positive concave: {concave.refusal}. Not contracting: {contraction.refusal}")
 
 
-def contracting(chain: Chain) -> Certificate:
-    """The certificate of a chain that contracts, for all nonnegative injections, from its weights.
+def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certificate:
+    """The certificate of a chain that contracts, for all (nonnegative) injections, from its weights.
 
     "subhomogeneous": nonnegative weights and a degree below 1, so that F contracts in Thompson's metric (Sittoni &
     Tudisco, ICML 2024). "bounded gain": weights of any sign whose absolute row sums, times the largest slopes, stay
-    below 1, so that F contracts in the sup norm. For other signed weights the fixed point need not be unique, and the
-    refusal says so; single samples may still be certified, by `perron.contraction`.
+    below 1, so that F contracts in the sup norm. "monotone": sigma(W z + b) with I - W strongly monotone (Winston &
+    Kolter, NeurIPS 2020). For other signed weights the fixed point need not be unique, and the refusal says so; single
+    samples may still be certified, by `perron.contraction`.
     """
     reasons = []
     try:
+        if not nonnegative_injection:
+            raise Refusal("the injection must be nonnegative")
         mu = degree(chain)
         if mu < 1:
             return Certificate(
@@ -248,11 +256,23 @@ def contracting(chain: Chain) -> Certificate:
             rate=factor,
             metric="sup norm",
         )
+    least = margin(chain)
+    if least > 0:
+        return Certificate(
+            True,
+            True,
+            True,
+            "monotone",
+            (
+                f"I - W is strongly monotone with margin at least {least:.6g} > 0",
+                "the activation is nondecreasing with slopes up to 1",
+            ),
+        )
     reasons.append(
         "with weights of any sign two fixed points are possible however small the degree is; absolute row sums times "
         f"largest slopes are {factor:.6g}, not below 1 (weights='signed_bounded' keeps them there)"
     )
-    return _refused("; ".join(reasons), kind="subhomogeneous")
+    return refused("; ".join(reasons), kind="subhomogeneous")
 
 
 def certify(module: nn.Module) -> Certificate:
@@ -282,9 +302,9 @@ def certify(module: nn.Module) -> Certificate:
         if callable(getattr(child, "certificate", None))
     ]
     if parts:
-        refused = [f"{name}: {part.refusal}" for name, part in parts if not part]
-        if refused:
-            return replace(_refused("; ".join(refused), kind="network"), parts=tuple(parts))
+        reasons = [f"{name}: {part.refusal}" for name, part in parts if not part]
+        if reasons:
+            return replace(refused("; ".join(reasons), kind="network"), parts=tuple(parts))
         return Certificate(
             True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
         )
@@ -294,5 +314,5 @@ def certify(module: nn.Module) -> Certificate:
         return concave if concave else either(concave, contracting(chain))
     except Refusal as refusal:
         if "Inject" in str(refusal):
-            return _refused("the module contains no equilibrium layer")
-        return _refused(str(refusal))
+            return refused("the module contains no equilibrium layer")
+        return refused(str(refusal))

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["BoundedRows", "Nonnegative", "bounded_rows", "nonnegative", "project_", "project_after_step"]
+__all__ = [
+    "BoundedRows",
+    "MonotoneOperator",
+    "Nonnegative",
+    "bounded_rows",
+    "monotone_operator",
+    "nonnegative",
+    "project_",
+    "project_after_step",
+]
 
 Method = Literal["square", "projection"]
 
@@ -137,6 +146,64 @@ def bounded_rows(module: nn.Module, name: str = "weight", *, bound: float) -> nn
     with torch.no_grad():
         weight = getattr(module, name)
         weight.copy_(constraint(weight))
+    parametrize.register_parametrization(module, name, constraint)
+    return module
+
+
+class MonotoneOperator(nn.Module):
+    """W = (1 - m) I - A^T A + B - B^T: then I - W is strongly monotone, x^T (I - W) x >= m |x|^2.
+
+    Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 (arXiv 2006.08591), which writes m for
+    what is called margin here.
+
+    Args:
+        margin: m, positive and finite.
+
+    Raises:
+        ValueError: the margin is not positive and finite; or, when the weight is assigned, it is not square or I - W has a
+            smaller margin.
+    """
+
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        if not 0 < margin < float("inf"):
+            raise ValueError(f"margin must be positive and finite, got {margin}")
+        self.margin = margin
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        return (1 - self.margin) * eye - a.t() @ a + b - b.t()
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+            raise ValueError(f"a square matrix is needed, got shape {tuple(weight.shape)}")
+        dtype, weight = weight.dtype, weight.double()
+        eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        values, vectors = torch.linalg.eigh((1 - self.margin) * eye - (weight + weight.t()) / 2)
+        if len(values) and not float(values[0]) >= -1e-4 * (1 + float(values.abs().max())):
+            raise ValueError(f"I - W has the margin {self.margin + float(values[0]):.6g}, less than {self.margin:g}")
+        return (vectors * values.clamp_min(0).sqrt()).t().to(dtype), ((weight - weight.t()) / 4).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+def monotone_operator(module: nn.Module, name: str = "weight", *, margin: float = 0.1) -> nn.Module:
+    """Constrain the square parameter `name` of `module` so that I - W is strongly monotone with that margin.
+
+    The present value is scaled down where it has less.
+
+    >>> linear = monotone_operator(nn.Linear(3, 3, bias=False), margin=0.5)
+    >>> symmetric = (linear.weight + linear.weight.t()).detach() / 2
+    >>> bool((torch.linalg.eigvalsh(torch.eye(3) - symmetric) >= 0.4999).all())
+    True
+    """
+    constraint = MonotoneOperator(margin)
+    with torch.no_grad():
+        weight = getattr(module, name)
+        top = float(torch.linalg.eigvalsh((weight + weight.t()).double() / 2).amax()) if weight.numel() else 0.0
+        if top > 1 - margin:
+            weight.mul_(max(1 - margin, 0.0) / top)
     parametrize.register_parametrization(module, name, constraint)
     return module
 

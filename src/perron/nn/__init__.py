@@ -2,6 +2,7 @@
 
 from perron.cells import Activate, Inject, Normalize
 from perron.nn.equilibrium import Equilibrium
+from perron.nn.monotone import MonotoneLinear
 from perron.nn.positive_concave import (
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
@@ -21,6 +22,7 @@ __all__ = [
     "DiagonalLowRank",
     "Equilibrium",
     "Inject",
+    "MonotoneLinear",
     "Normalize",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",

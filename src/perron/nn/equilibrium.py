@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron.cells import Chain, Opaque, as_map
-from perron.certificates import Certificate, contracting, derive, either
+from perron.certificates import Certificate, contracting, derive, either, refused
 from perron.enclosure import check_injection
 from perron.implicit import fixed_point
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
@@ -21,7 +21,7 @@ __all__ = ["Equilibrium", "Injection"]
 # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
 _fixed_point = torch.compiler.disable(fixed_point)
 
-Injection = Literal["softplus", "relu", "given"]
+Injection = Literal["softplus", "relu", "given", "free"]
 
 SOFTPLUS_BETA = 5.0
 # softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points.
@@ -37,7 +37,8 @@ class Equilibrium(nn.Module):
     Args:
         cell: the map f; input and output have the shape of the injection.
         injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
-            or "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0).
+            "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0, if the cell is positive concave)
+            or "free" (the input is b, of any sign: only "bounded gain" and "monotone" cells are certified for that).
         solver: default `Auto()`.
         warm_start: 0, or how much of the moving average of fixed points is kept in a training step; solves then start
             from that average.
@@ -71,8 +72,8 @@ class Equilibrium(nn.Module):
         super().__init__()
         if not 0 <= warm_start < 1:
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
-        if injection not in ("softplus", "relu", "given"):
-            raise ValueError(f"injection must be 'softplus', 'relu' or 'given', got {injection!r}")
+        if injection not in ("softplus", "relu", "given", "free"):
+            raise ValueError(f"injection must be 'softplus', 'relu', 'given' or 'free', got {injection!r}")
         self.cell = cell
         self.injection = injection
         self.solver: Solver = Auto() if solver is None else solver
@@ -123,7 +124,7 @@ class Equilibrium(nn.Module):
         return self.positive(self._pre_injection(x).to(self._working_dtype()))
 
     def positive(self, b: Tensor) -> Tensor:
-        """Softplus or relu of the pre-activation, monotone, as the layer's `injection` says; "given" changes nothing."""
+        """Softplus or relu of the pre-activation, monotone, as `injection` says; "given" and "free" change nothing."""
         if self.injection == "softplus":
             return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
         return F.relu(b) if self.injection == "relu" else b
@@ -155,9 +156,13 @@ class Equilibrium(nn.Module):
         if not isinstance(map, Chain):
             return Certificate(False, False, False, "none", refusal=reason), False
         concave, positive = self._derive_concave(map)
-        return (concave, positive) if concave else (either(concave, contracting(map)), False)
+        if concave:
+            return concave, positive
+        return either(concave, contracting(map, nonnegative_injection=self.injection != "free")), False
 
     def _derive_concave(self, map: Chain) -> tuple[Certificate, bool]:
+        if self.injection == "free":
+            return refused("the injection must be nonnegative", kind="positive concave"), False
         if self.injection == "softplus":
             return derive(map, positive_injection=True), True
         certificate = derive(map, positive_injection=False)

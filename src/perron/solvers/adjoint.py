@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from perron._batch import all_finite, amax, per_sample
+from perron.affine import AffineStep, DenseStep
 from perron.cells import Chain, ChainLinearization, Linearization, Map
 from perron.contraction import sensitivity, variation
 from perron.rounding import gamma, unit_roundoff
@@ -34,6 +35,8 @@ __all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
 _WINDOW = 5
 # Power steps for the weights: at most so many; the first vector whose kappa is this close to what it can become serves.
 _POWER_STEPS, _GOOD = 6, 0.7
+# Widths up to which the linear equation of a cell that is not monotone in z is solved by factorisation.
+_DIRECT = 512
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def _norm(weights: Tensor, t: Tensor) -> Tensor:
 def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Solver, structure: Structure) -> Tensor:
     """w = (I - J)^{-1} v at z, (batch, ...), to the solver's tolerance on the relative residual."""
     jacobian = _linearized(map, z, injection, structure)
-    found = _iterate(_Linear(jacobian, v, False), None, None, Rule(solver.tol, None, False, solver.max_steps))
+    problem = _Linear(jacobian, v, False)
+    rule = Rule(solver.tol, None, False, solver.max_steps)
+    found = _iterate(problem, None, None, rule, _start(problem, structure))
     converged = found.measure <= solver.tol
     report_failure("tangent", converged, found.measure, solver.tol, solver.max_steps, solver.on_failure)
     return found.value
@@ -148,7 +153,7 @@ def adjoint_in_steps(
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
     if bounds is None or structure == "unknown" or not isinstance(map, Chain):
-        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed))
+        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed), _start(problem, structure))
         unknown = torch.full_like(found.measure, math.inf)
         solution = AdjointSolution(found.steps, found.measure, unknown, found.measure <= tol, False)
         return found.value, solution, found.measure
@@ -158,7 +163,7 @@ def adjoint_in_steps(
     # Where no kappa was found the plain sum of entries serves to stop.
     weights = torch.where(per_sample(contracts, v), proof.weights.to(v.dtype), 1.0)
     rule = Rule(0.5 * tol * margin, None, True, max(steps - 1, 1), fixed, weights=weights)
-    found = _iterate(problem, model, slope, rule)
+    found = _iterate(problem, model, slope, rule, _start(problem, structure))
     g, residual, bound = proof.finish(z, found.candidate, v)
     measure = residual / margin
     return g, AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
@@ -170,10 +175,28 @@ def _linearized(map: Map, z: Tensor, injection: Tensor, structure: Structure) ->
     return map.linearize(z, injection) if found is None else found
 
 
-def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, rule: Rule) -> Found:
+def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, rule: Rule, start: Tensor) -> Found:
     # An operator known only through automatic differentiation acts on the whole batch.
     rule = replace(rule, compact=isinstance(problem.jacobian, ChainLinearization))
-    return iterate(problem, _Mixed(model, slope, Mixing(_WINDOW)), problem.v, rule)
+    return iterate(problem, _Mixed(model, slope, Mixing(_WINDOW)), start, rule)
+
+
+def _start(problem: _Linear, structure: Structure) -> Tensor:
+    """v, or the solution itself where J = D W may be larger than 1 and small enough to factorise for every sample."""
+    jacobian, v = problem.jacobian, problem.v
+    if structure != "contracting" or not isinstance(jacobian, ChainLinearization) or v.dim() != 2:
+        return v
+    affine = [s for s in jacobian.steps if isinstance(s, AffineStep)]
+    slopes = [d for d in jacobian.diagonals if d is not None]
+    if len(affine) != 1 or len(slopes) != 1 or not isinstance(affine[0], DenseStep) or v.shape[1] > _DIRECT:
+        return v
+    weight = affine[0].weight
+    # Some sigma may come before W; only the order D W is dealt with here.
+    if not isinstance(jacobian.steps[0], DenseStep):
+        return v
+    system = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - slopes[0].unsqueeze(2) * weight
+    found, _ = torch.linalg.solve_ex(system.mT if problem.transposed else system, v.unsqueeze(2))
+    return torch.where(per_sample(all_finite(found.squeeze(2)), v), found.squeeze(2), v)
 
 
 class _Proof:

@@ -11,6 +11,7 @@ from perron.cells import Chain
 from perron.solvers.accelerated import Accelerated, Origin
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import FixedPointProblem, Solution
+from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixed, Mixing
 from perron.solvers.picard import Picard
@@ -52,6 +53,8 @@ class Auto(Accelerated):
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         chain = problem.map
+        if self.contracts(problem):
+            return solve_by_contraction(self, problem, None, z0)
         if not (self.encloses(problem) and isinstance(chain, Chain)):
             return super()._solve(problem, z0)
         picard = Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps)

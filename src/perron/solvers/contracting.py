@@ -14,10 +14,12 @@ from torch import Tensor
 
 from perron._batch import all_finite, amax, amin, per_sample
 from perron.cells import Chain
-from perron.contraction import Contraction, contraction
+from perron.contraction import Contraction, contraction, gain
 from perron.enclosure import relative_error_bound, round_outward
+from perron.monotone import Monotonicity, monotonicity
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 from perron.solvers.iteration import Found, Method, Plain, Rule, iterate
+from perron.solvers.splitting import Splitting
 
 __all__ = ["solve_by_contraction"]
 
@@ -28,8 +30,11 @@ _SEARCHES = 3
 def solve_by_contraction(
     solver: IterativeSolver, problem: FixedPointProblem, method: Method | None, z0: Tensor | None
 ) -> Solution:
-    """Iterate from z0, or zero, until the enclosure that the contraction factor gives is within the tolerance."""
-    return _Contracting(solver, problem).run(Plain() if method is None else method, z0)
+    """Iterate from z0, or zero, until the enclosure that the contraction factor or the margin gives is within the tolerance.
+
+    Without a method it takes the one that is known to converge: Picard's steps, or operator splitting.
+    """
+    return _Contracting(solver, problem).run(method, z0)
 
 
 @dataclass
@@ -51,10 +56,15 @@ class _Contracting:
         plain = exact.map.plainly()
         assert plain is not None
         self.exact = replace(exact, map=plain)
-        self.known: Contraction = contraction(plain, exact.injection)
+        monotone = monotonicity(plain, exact.injection) if gain(plain) >= 1 else None
+        self.known: Contraction | Monotonicity = contraction(plain, exact.injection) if monotone is None else monotone
         self.steps = torch.zeros(len(problem.injection), dtype=torch.long, device=problem.injection.device)
 
-    def run(self, method: Method, z0: Tensor | None) -> Solution:
+    def _sure(self, problem: FixedPointProblem) -> Method:
+        """A method that converges if anything is known of the map."""
+        return Splitting(problem) if isinstance(self.known, Monotonicity) else Plain()
+
+    def run(self, method: Method | None, z0: Tensor | None) -> Solution:
         b, solver = self.problem.injection, self.solver
         if not b.numel():
             empty = b.double()
@@ -65,28 +75,41 @@ class _Contracting:
         factor = self.known.factor
         # The error is at most factor/(1 - factor) times the residual; half of the tolerance is left to its rounding.
         goal = 0.4 * solver.tol * torch.where(factor < 1, (1 - factor) / factor.clamp_min(0.1), 1.0)
-        found = self._search(
-            self.problem, method, start, Rule(goal.to(b.dtype), None, True, max(solver.limit - 1, 1), fixed)
-        )
+        sure = self._sure(self.problem)
+        # On a monotone cell only splitting is sure to converge; another method gets half of the steps.
+        share = 2 if isinstance(self.known, Monotonicity) and method is not None and not fixed else 1
+        rule = Rule(goal.to(b.dtype), None, True, max((solver.limit - 1) // share, 1), fixed, patient=True)
+        found = self._search(self.problem, sure if method is None else method, start, rule)
         best = self._prove(found.candidate.double(), None)
         for _ in range(0 if fixed else _SEARCHES):
             left = (~self._accepted(best) & all_finite(b)).nonzero().flatten()
             room = solver.limit - 1 - int(self.steps.max())
             if not left.numel() or room < 1:
                 break
-            middle = self._middle(best)[left]
-            start = torch.where(per_sample(all_finite(middle), middle), middle, found.value.double()[left])
-            before, self.steps = self.steps, torch.zeros_like(self.steps[left])
-            size = torch.where(best.lower[left] > 0, best.lower[left], per_sample(amax(start.abs()), start))
-            again = self._search(
-                self.exact.select(left), Plain(), start, Rule(0.5 * goal[left], size, True, room, patient=True)
-            )
-            new = self._prove(again.candidate, left)
-            self.steps = before.index_add(0, left, self.steps)
-            for name, value in vars(new).items():
-                setattr(best, name, getattr(best, name).index_copy(0, left, value))
+            again = self._search_again(left, best, found.value, goal, room)
             found.rate.index_copy_(0, left, again.rate.to(found.rate.dtype))
         return self._solution(self._middle(best), best, found.rate)
+
+    def _search_again(self, left: Tensor, best: _Proven, value: Tensor, goal: Tensor, room: int) -> Found:
+        """The samples of `left`, from where they are, in float64, to the residual that their bound asks for."""
+        rest = self.exact.select(left)
+        middle, lower = self._middle(best)[left], best.lower[left]
+        start = torch.where(per_sample(all_finite(middle), middle), middle, value.double()[left])
+        # A point that is no better than zero is not where to go on from.
+        start = torch.where(per_sample(best.residual[left] < 0.5, start), start, 0.0)
+        scale = torch.maximum(amax(start.abs()), amax(rest.injection.abs())).clamp_min(1e-30)
+        size = torch.where((lower > 0) & (start > 0), lower, per_sample(scale, start))
+        # The error is in proportion to the residual.
+        bound = self._bound(self._middle(best), best)[left]
+        asked = torch.where(best.proven[left], 0.5 * self.solver.tol / bound * best.residual[left], 0.5 * goal[left])
+        before, self.steps = self.steps, torch.zeros_like(self.steps[left])
+        rule = Rule(torch.minimum(asked.clamp_min(1e-15), goal[left]), size, True, room, patient=True)
+        again = self._search(rest, self._sure(rest), start, rule)
+        new = self._prove(again.candidate, left)
+        self.steps = before.index_add(0, left, self.steps)
+        for name, value in vars(new).items():
+            setattr(best, name, getattr(best, name).index_copy(0, left, value))
+        return again
 
     def _search(self, problem: FixedPointProblem, method: Method, start: Tensor, rule: Rule) -> Found:
         found = iterate(problem, method, start, rule)

@@ -42,6 +42,8 @@ __all__ = ["Picard"]
 class Picard(IterativeSolver):
     """Picard iteration z <- f(z), from z = 0 or from a multiple of z0 that is proven to lie below the fixed point.
 
+    Cells of kind "monotone", on which it may diverge, take Peaceman and Rachford's steps instead.
+
     Args:
         tol, max_steps, stop, verify, on_failure, steps: as in every solver. The iteration itself runs in the precision
             of the proof.

@@ -1,0 +1,204 @@
+"""Monotone cells (monDEQ): the margin, the enclosures it gives, the splitting that reaches them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from perron.cells import Activate, Inject, trace
+from perron.constraints import MonotoneOperator, monotone_operator
+from perron.contraction import gain
+from perron.monotone import margin, monotonicity
+from perron.nn import Equilibrium, MonotoneLinear
+from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+
+ACTIVATIONS = ["relu", "tanh", "softsign", "sigmoid", "arctan", "relu6", "identity"]
+
+
+def layer(weight: Tensor, activation: str, **options) -> Equilibrium:
+    linear = nn.Linear(*weight.shape, bias=False, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    return Equilibrium(nn.Sequential(linear, Inject(), Activate(activation)), injection="free", **options)
+
+
+def random_weight(seed: int, n: int, scale: float, margin: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = scale * torch.randn(2, n, n, generator=generator, dtype=torch.float64)
+    return MonotoneOperator(margin)(a, b)
+
+
+def exact(weight: Tensor, activation: str, b: Tensor) -> Tensor:
+    """By Peaceman and Rachford's steps in float64, written down again."""
+    sigma = Activate(activation)
+    inverse = torch.linalg.inv(2 * torch.eye(len(weight), dtype=torch.float64) - weight)
+    z = u = torch.zeros_like(b)
+    for _ in range(20000):
+        half = 2 * z - u
+        u, old = 2 * (half + b) @ inverse.t() - half, u
+        z = sigma(u)
+        if float((u - old).abs().max()) < 1e-15:
+            break
+    return z
+
+
+@given(st.integers(0, 10_000), st.floats(1e-3, 2.0), st.integers(1, 12))
+def test_the_parametrisation_has_its_margin(seed: int, m: float, n: int) -> None:
+    weight = random_weight(seed, n, 1.0, m)
+    found = margin(trace(layer(weight, "relu").cell))
+    symmetric = torch.eye(n, dtype=torch.float64) - (weight + weight.t()) / 2
+    true = float(torch.linalg.eigvalsh(symmetric)[0])
+    assert true - 1e-10 * float(weight.norm() + 1) <= found <= true
+    assert found >= m * (1 - 1e-6) - 1e-9 * float(weight.norm())
+    again = MonotoneOperator(m * (1 - 1e-9))
+    torch.testing.assert_close(again(*again.right_inverse(weight)), weight, rtol=1e-6, atol=1e-5)
+
+
+def test_margins_are_refused_where_there_is_none() -> None:
+    assert margin(trace(layer(1.5 * torch.eye(3), "relu").cell)) < 0
+    certificate = layer(1.5 * torch.eye(3), "relu").certificate()
+    assert not certificate
+    for activation in ("log1p", "erf", "one_minus_exp", "sqrt_shift", "(tanh+1.2)^0.5"):
+        # Slopes above 1, or nothing known below zero.
+        assert margin(trace(layer(-torch.eye(3), activation).cell)) == -math.inf
+    nan = torch.eye(3)
+    nan[0, 0] = math.nan
+    assert margin(trace(layer(nan, "relu").cell)) == -math.inf
+    with pytest.raises(ValueError, match="margin"):
+        MonotoneOperator(0.5).right_inverse(torch.eye(3))
+    with pytest.raises(ValueError, match="square"):
+        monotone_operator(nn.Linear(3, 2)) if False else MonotoneOperator(0.5).right_inverse(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="positive"):
+        MonotoneOperator(0.0)
+    with pytest.raises(ValueError, match="slopes"):
+        MonotoneLinear(2, 2, "erf")
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from([0.02, 0.3, 1.0]),
+    st.sampled_from([0.3, 1.0, 5.0]),
+)
+def test_enclosures_hold(seed: int, activation: str, m: float, scale: float) -> None:
+    n = 1 + seed % 12
+    weight = random_weight(seed, n, scale / math.sqrt(n), m)
+    generator = torch.Generator().manual_seed(seed + 1)
+    b = 3 * torch.randn(3, n, generator=generator, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        cell = layer(weight.to(dtype), activation, solver=Auto(max_steps=3000, on_failure="ignore"))
+        truth = exact(cell.cell[0].weight.detach().double(), activation, b.to(dtype).double())
+        if not cell.certificate():
+            assert m < 0.1
+            continue
+        solution = cell.solve(b.to(dtype))
+        assert solution.proven.all()
+        assert (solution.lower.double() <= truth + 1e-12).all()
+        assert (truth <= solution.upper.double() + 1e-12).all()
+
+
+@given(st.integers(0, 10_000))
+def test_any_point_is_enclosed(seed: int) -> None:
+    """The proof needs no convergence: it holds from everywhere."""
+    n = 1 + seed % 8
+    weight = random_weight(seed, n, 1.0, 0.2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    b, z = 2 * torch.randn(2, 4, n, generator=generator, dtype=torch.float64)
+    chain = trace(layer(weight, "tanh").cell)
+    known = monotonicity(chain, b)
+    lower, upper, proven = known.enclose(z, chain(z, b).detach())
+    truth = exact(weight, "tanh", b)
+    assert proven.all()
+    assert (lower <= truth).all()
+    assert (truth <= upper).all()
+
+
+def test_the_bound_in_closed_form() -> None:
+    """sigma = identity, W = -w: z* = b/(1 + w), margin 1 + w, and |y - z*| = |W (y - z)|/m exactly."""
+    chain = trace(layer(torch.full((1, 1), -3.0, dtype=torch.float64), "identity").cell)
+    b, z = torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 0.7, dtype=torch.float64)
+    known = monotonicity(chain, b)
+    assert known.margin == pytest.approx(4, rel=1e-12)
+    y = chain(z, b).detach()
+    lower, upper, _ = known.enclose(z, y)
+    radius = abs(float(y) - 0.25)
+    assert radius <= float(upper - y) <= radius * (1 + 1e-9)
+    assert radius <= float(y - lower) <= radius * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [kind(max_steps=4000) for kind in (Auto, Picard, Anderson, Broyden, MonotoneNewton)],
+    ids=lambda s: type(s).__name__,
+)
+def test_every_solver_gets_there(solver) -> None:
+    """F itself is far from a contraction here."""
+    weight = random_weight(0, 8, 1.0, 0.5)
+    cell = layer(weight, "relu", solver=solver)
+    assert gain(trace(cell.cell)) > 2
+    b = torch.randn(16, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    solution = cell.solve(b)
+    assert solution.certified
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, exact(weight, "relu", b), rtol=1e-3, atol=1e-3)
+
+
+def test_gradients() -> None:
+    torch.manual_seed(0)
+    cell = MonotoneLinear(3, 5, "tanh", margin=0.2, dtype=torch.float64, solver=Auto(tol=1e-12, max_steps=3000))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (x,), eps=1e-6, atol=1e-7)
+    parameters = list(cell.parameters())
+    v = torch.randn(2, 5, dtype=torch.float64)
+    ours = torch.autograd.grad(cell(x), parameters, v)
+    b, weight = cell.injected(x), cell.weight
+    z, u = torch.zeros_like(b), torch.zeros_like(b)
+    inverse = torch.linalg.inv(2 * torch.eye(5, dtype=b.dtype) - weight)
+    for _ in range(400):
+        half = 2 * z - u
+        u = 2 * (half + b) @ inverse.t() - half
+        z = torch.tanh(u)
+    for mine, unrolled in zip(ours, torch.autograd.grad(z, parameters, v), strict=True):
+        torch.testing.assert_close(mine, unrolled, rtol=1e-7, atol=1e-8)
+
+
+def test_gradients_where_the_jacobian_is_large() -> None:
+    """The Neumann series of the adjoint diverges; the equation is solved all the same."""
+    weight = random_weight(1, 12, 0.7, 0.1)
+    assert float(torch.linalg.eigvals(weight).abs().max()) > 3
+    cell = layer(weight, "relu", solver=Auto(tol=1e-8, max_steps=20000))
+    b = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (b,), eps=1e-7, atol=1e-4, rtol=1e-3)
+    assert cell.last_solution.adjoint is None or cell.last_solution.adjoint.converged.all()
+
+
+def test_training_keeps_the_certificate() -> None:
+    torch.manual_seed(0)
+    cell = MonotoneLinear(4, 6)
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (cell(torch.randn(8, 4)) - 1).square().mean().backward()
+        optimizer.step()
+        assert cell.certificate().kind in ("monotone", "bounded gain")
+        assert cell.solve(torch.randn(8, 4)).certified
+
+
+def test_hard_inputs() -> None:
+    cell = MonotoneLinear(3, 4, injection="inside", solver=Auto(on_failure="ignore"))
+    assert cell(torch.randn(0, 3)).shape == (0, 4)
+    x = torch.randn(3, 3)
+    alone = cell.solve(x)
+    x[1, 0] = math.nan
+    together = cell.solve(x)
+    assert together.proven.tolist() == [True, False, True]
+    torch.testing.assert_close(together.value[0], alone.value[0])
+    for dtype in (torch.float16, torch.bfloat16):
+        half = MonotoneLinear(3, 4, dtype=dtype)
+        assert half(torch.randn(2, 3, dtype=dtype)).dtype == dtype
+        assert half.last_solution.certified
+    given_layer = MonotoneLinear(4, 4, injection="given")
+    assert given_layer.solve(-torch.rand(2, 4)).certified
