@@ -188,18 +188,19 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
     except Refusal:
         mu, relative = math.inf, math.inf
     unknown = torch.full((len(injection),), math.inf, dtype=injection.dtype, device=injection.device)
-    whole = torch.full_like(injection, math.inf)
-    if mu < 1:
-        thompson = torch.where(all_true(injection >= 0), mu, unknown)
+    whole, ones = torch.full_like(injection, math.inf), torch.ones_like(injection)
+    nonnegative = all_true(injection >= 0)
+    if mu < 1 and bool((nonnegative | ~all_finite(injection)).all()):
         least = torch.full_like(injection, torch.finfo(injection.dtype).tiny)
-        return Contraction(thompson, unknown, torch.ones_like(injection), least, whole, whole, relative)
+        return Contraction(torch.where(nonnegative, mu, unknown), unknown, ones, least, whole, whole, relative)
+    thompson = torch.where(nonnegative & (mu < 1), mu, unknown)
     box = _invariant_box(chain, injection)
     if box is None:
-        return Contraction(unknown, unknown, torch.ones_like(injection), -whole, whole, whole, math.inf)
+        return Contraction(thompson, unknown, ones, -whole, whole, whole, relative)
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
     factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
-    return Contraction(unknown, factor, weights, lower, upper, error, math.inf)
+    return Contraction(thompson, factor, weights, lower, upper, error, relative)
 
 
 def gain(chain: Chain) -> float:

@@ -72,7 +72,7 @@ class Solution:
         steps: (batch,) evaluations of f, those of the verification included.
         residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the last point y where f was evaluated.
         error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none. Samples whose fixed point is
-            not known to be positive: on max_i |value - z*|_i / max_j |z*_j|.
+            not known to be positive: on max_i |value - z*|_i / max_j max(|z*_j|, |b_j|).
         rate: (batch,) the last residual ratio, an estimate (no proof) of the spectral radius of the Jacobian.
         converged: (batch,) whether the tolerance was reached.
         proven: (batch,) whether the enclosure is proven, rounding accounted for.

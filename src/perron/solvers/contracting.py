@@ -125,7 +125,7 @@ class _Contracting:
         self.steps = self.steps + 1
         lower, upper, proven = known.enclose(z, fz)
         mask = per_sample(proven, fz)
-        size = amax(fz.abs()).clamp_min(1e-300)
+        size = torch.maximum(amax(fz.abs()), amax(exact.injection.abs())).clamp_min(1e-300)
         # Where nothing is proven, the point itself stands in for its bounds, until the end.
         return _Proven(torch.where(mask, lower, fz), torch.where(mask, upper, fz), amax((fz - z).abs()) / size, proven)
 
@@ -138,10 +138,14 @@ class _Contracting:
         return torch.where(best.proven, bound, best.residual) <= self.solver.tol
 
     def _bound(self, value: Tensor, best: _Proven) -> Tensor:
-        """(batch,) bound on the error of `value`; relative to each entry where all are proven positive, else to the largest."""
+        """(batch,) bound on the error of `value`; relative to each entry where all are proven positive, else to the largest of
+        the fixed point and the injection.
+        """
         entrywise = relative_error_bound(value, best.lower, best.upper)
         gap = amax(torch.maximum(best.upper - value.double(), value.double() - best.lower))
-        size = amax(torch.maximum(best.lower, -best.upper)).clamp_min(1e-300)
+        size = torch.maximum(amax(torch.maximum(best.lower, -best.upper)), amax(self.exact.injection.abs())).clamp_min(
+            1e-300
+        )
         bound = torch.where(amin(best.lower) > 0, entrywise, gap / size * (1 + 1e-15))
         return torch.where(best.proven, bound, math.inf)
 
