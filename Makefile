@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow format soundness evaluations bench clean
+.PHONY: demo test lint slow format soundness uniqueness evaluations bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ format: .venv/installed
 
 soundness: .venv/installed
 	$(BIN)/python benchmarks/soundness.py --samples 40000 --output benchmarks/results/soundness.json
+
+uniqueness: .venv/installed
+	$(BIN)/python benchmarks/uniqueness.py --maps 21000 --output benchmarks/results/uniqueness.json
 
 evaluations: .venv/installed
 	$(BIN)/python benchmarks/evaluations.py --output benchmarks/results/evaluations.json

@@ -21,7 +21,6 @@ Cases that the output has already stay there unless they are measured again.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import platform
@@ -38,11 +37,11 @@ import torch
 import torch.nn.functional as F
 from rivals import RIVALS, Cell, counts
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from perron.cells import Activate, Inject
 from perron.nn import Equilibrium
 from perron.solvers import Anderson, Auto, Broyden, Compiled, MonotoneNewton, Picard
+from perron.training.compare import peak_memory
 
 TARGET = 1e-4
 STEPS = {"easy": 8, "middle": 20, "hard": 60}
@@ -288,22 +287,6 @@ def floor(case: Case, forward: float, backward: float) -> tuple[Callable[[], Non
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
-
-
-def peak_memory(run: Callable[[], Any]) -> float:
-    """Most MiB of tensors that are alive at once during a run, beyond those before it."""
-    run()
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most / 2**20
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

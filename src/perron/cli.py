@@ -55,7 +55,48 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--data", default="test", choices=["test", "validation"], help="which split (default test)"
             )
+    _add_compare(commands)
     return parser
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "train implicit models and their rivals at equal numbers of parameters; writes a table and a page"
+    sub = commands.add_parser("compare", help=text, description=text)
+    sub.add_argument(
+        "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10"
+    )
+    sub.add_argument("--models", help="names, separated by commas (default all): see perron.models.CORES")
+    sub.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
+    sub.add_argument("--epochs", type=int, default=5, help="of training (default 5)")
+    sub.add_argument("--parameters", type=int, default=77_000, help="of every network (default 77000)")
+    sub.add_argument("--prove-training", action="store_true", help="prove enclosures in training steps too")
+    sub.add_argument("--limit", type=int, help="use only so many training images")
+    sub.add_argument("--budget", type=float, help="stop after so many seconds; the same command then goes on")
+    sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    from perron.models import CORES
+    from perron.training.compare import Settings, compare
+
+    cores = arguments.models.split(",") if arguments.models else list(CORES)
+    settings = Settings(
+        arguments.target,
+        arguments.parameters,
+        arguments.epochs,
+        prove_training=arguments.prove_training,
+        limit=arguments.limit,
+    )
+    return compare(
+        cores,
+        arguments.seeds,
+        settings,
+        arguments.runs,
+        data_dir=arguments.data_dir,
+        budget=arguments.budget,
+        write=lambda line: print(line, flush=True),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = "perron " + shlex.join(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments.command == "fit":
+        if arguments.command == "compare":
+            if rest:
+                raise run.UsageError(f"unknown options: {' '.join(rest)}")
+            print(_compare(arguments))
+        elif arguments.command == "fit":
             config = presets().get(arguments.target)
             if config is None and Path(arguments.target).suffix in (".yaml", ".yml"):
                 config = Path(arguments.target)

@@ -18,14 +18,14 @@ from perron.solvers import Auto
 __all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet"]
 
 
-class _Network(nn.Sequential):
+class Network(nn.Sequential):
     """A Sequential whose slices are plain ones: nn.Sequential would call the subclass's constructor."""
 
     def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
 
-class PositiveConcaveLinearNet(_Network):
+class PositiveConcaveLinearNet(Network):
     """Flatten, Linear, BatchNorm, equilibrium of `width`, BatchNorm, Linear.
 
     Args:
@@ -75,7 +75,7 @@ class PositiveConcaveLinearNet(_Network):
         )
 
 
-class PositiveConcaveConvNet(_Network):
+class PositiveConcaveConvNet(Network):
     """One block per width: Conv3x3 (stride 2 from the second on), BatchNorm, equilibrium, MaxPool3x3, BatchNorm.
 
     Args:

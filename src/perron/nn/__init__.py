@@ -3,6 +3,8 @@
 from perron.cells import Activate, Inject, Normalize
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.monotone import MonotoneLinear
+from perron.nn.ode import NeuralODE
+from perron.nn.plain import PlainLinear
 from perron.nn.positive_concave import (
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
@@ -23,7 +25,9 @@ __all__ = [
     "Equilibrium",
     "Inject",
     "MonotoneLinear",
+    "NeuralODE",
     "Normalize",
+    "PlainLinear",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
     "PositiveConcaveConv3d",

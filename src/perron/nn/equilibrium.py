@@ -16,7 +16,7 @@ from perron.enclosure import check_injection
 from perron.implicit import fixed_point
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
 
-__all__ = ["Equilibrium", "Injection"]
+__all__ = ["Equilibrium", "Injection", "positive_injection"]
 
 # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
 _fixed_point = torch.compiler.disable(fixed_point)
@@ -26,6 +26,13 @@ Injection = Literal["softplus", "relu", "given", "free"]
 SOFTPLUS_BETA = 5.0
 # softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points.
 SMALLEST_INJECTION = 1e-37
+
+
+def positive_injection(b: Tensor, injection: Injection) -> Tensor:
+    """Softplus or relu of b, monotone in it; "given" and "free" change nothing."""
+    if injection == "softplus":
+        return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
+    return F.relu(b) if injection == "relu" else b
 
 
 class Equilibrium(nn.Module):
@@ -124,10 +131,8 @@ class Equilibrium(nn.Module):
         return self.positive(self._pre_injection(x).to(self._working_dtype()))
 
     def positive(self, b: Tensor) -> Tensor:
-        """Softplus or relu of the pre-activation, monotone, as `injection` says; "given" and "free" change nothing."""
-        if self.injection == "softplus":
-            return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
-        return F.relu(b) if self.injection == "relu" else b
+        """The injection made of its pre-activation."""
+        return positive_injection(b, self.injection)
 
     def _pre_injection(self, x: Tensor) -> Tensor:
         """What becomes b by softplus or relu; layers with an affine map inside override this."""

@@ -15,6 +15,7 @@ from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixed, Mixing
 from perron.solvers.picard import Picard
+from perron.solvers.splitting import splitting_for
 
 __all__ = ["Auto"]
 
@@ -81,6 +82,8 @@ class Auto(Accelerated):
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Picard steps first: a map on which they are fast needs nothing else."""
+        if (splitting := splitting_for(problem)) is not None:
+            return solve_by_residual(self, problem, splitting, z0)
         if self.steps is not None:
             return super()._observe(problem, z0)
         trial = min(_TRIAL, self.limit)

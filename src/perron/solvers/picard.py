@@ -34,6 +34,7 @@ from perron.rounding import unit_roundoff
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import solve_by_residual
+from perron.solvers.splitting import splitting_for
 
 __all__ = ["Picard"]
 
@@ -54,7 +55,7 @@ class Picard(IterativeSolver):
             return _Enclosing(self, problem).run(z0)
         if self.contracts(problem):
             return solve_by_contraction(self, problem, None, z0)
-        return solve_by_residual(self, problem, None, z0)
+        return solve_by_residual(self, problem, splitting_for(problem) if self.stop == "auto" else None, z0)
 
 
 class _Enclosing:

@@ -18,10 +18,11 @@ from torch import Tensor
 from perron._batch import per_sample
 from perron.affine import DenseStep
 from perron.cells import ActivationStep, Chain, InjectStep
+from perron.monotone import margin
 from perron.solvers.base import FixedPointProblem
 from perron.solvers.mixing import Mixing
 
-__all__ = ["Splitting"]
+__all__ = ["Splitting", "splitting_for"]
 
 # Of the mixing; and how far the residual may grow over the least one.
 _WINDOW, _TRUST = 5, 1.0
@@ -83,3 +84,11 @@ class Splitting:
 
     def forget(self, mask: Tensor) -> None:
         pass
+
+
+def splitting_for(problem: FixedPointProblem) -> Splitting | None:
+    """The method where the cell of the problem is monotone, else None."""
+    chain = problem.map
+    if problem.contracts and isinstance(chain, Chain) and problem.injection.numel() and margin(chain) > 0:
+        return Splitting(problem)
+    return None

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from perron.certificates import spectral_radius_bound
-from perron.training.module import equilibrium_layers
+from perron.training.module import equilibrium_layers, spectral_radius
 
 __all__ = ["EpochLines", "History", "Progress", "StopAfter"]
 
@@ -96,10 +94,8 @@ class History(L.Callback):
         row |= {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("_step")}
         row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
         for name, layer in equilibrium_layers(pl_module):
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, torch.Tensor):
-                matrix = weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight.detach()
-                row[f"spectral_radius {name}"] = spectral_radius_bound(matrix)
+            if (radius := spectral_radius(layer)) is not None:
+                row[f"spectral_radius {name}"] = radius
         self.rows = [r for r in self.rows if r["epoch"] != row["epoch"]] + [row]
 
     def write(self) -> None:

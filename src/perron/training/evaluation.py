@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perron.certificates import certify, spectral_radius_bound
+from perron.certificates import certify
 from perron.solvers import IterativeSolver, Picard, Solver
-from perron.training.module import equilibrium_layers
+from perron.training.module import equilibrium_layers, spectral_radius
 
 __all__ = ["evaluate"]
 
@@ -101,7 +101,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
                 "width": _finite(store["width"]),
                 "steps": _finite(store["steps"]),
                 "change": _change(model, name, data),
-                "spectral_radius": _radius(dict(equilibrium_layers(model))[name]),
+                "spectral_radius": spectral_radius(dict(equilibrium_layers(model))[name]),
             }
             for name, store in collected.items()
         },
@@ -113,13 +113,6 @@ def _finite(parts: list[Tensor]) -> list[float]:
         return []
     values = torch.cat(parts)
     return [float(f"{v:.4g}") for v in values[values.isfinite()].tolist()]
-
-
-def _radius(layer: nn.Module) -> float | None:
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    return spectral_radius_bound(weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight)
 
 
 def _change(model: nn.Module, name: str, data: list[tuple[Tensor, Tensor]]) -> float:

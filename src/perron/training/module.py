@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from perron.certificates import spectral_radius_bound
 from perron.nn import Equilibrium
 from perron.solvers import IterativeSolver, Solution
 
-__all__ = ["Classifier", "equilibrium_layers"]
+__all__ = ["Classifier", "equilibrium_layers", "spectral_radius"]
 
 # Of these an epoch has the largest value, not the mean; and training steps between two values on the progress line.
 _LARGEST, _SHOW_EVERY = ("error_bound", "adjoint_error_bound"), 10
@@ -23,6 +24,14 @@ _LARGEST, _SHOW_EVERY = ("error_bound", "adjoint_error_bound"), 10
 def equilibrium_layers(module: nn.Module) -> list[tuple[str, Equilibrium]]:
     """Names and equilibrium layers of a module, in order."""
     return [(name, m) for name, m in module.named_modules() if isinstance(m, Equilibrium)]
+
+
+def spectral_radius(layer: nn.Module) -> float | None:
+    """A bound on the spectral radius of a layer's recurrent weight; None where it has none, or one of mixed signs."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or bool((weight < 0).any()):
+        return None
+    return spectral_radius_bound(weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight)
 
 
 class Classifier(L.LightningModule):

@@ -26,7 +26,19 @@ from perron.training.evaluation import evaluate
 from perron.training.module import Classifier
 from perron.verify import certify_classes
 
-__all__ = ["Loaded", "Provenance", "UsageError", "certify_run", "fit", "load", "predict", "report", "test", "validate"]
+__all__ = [
+    "Loaded",
+    "Provenance",
+    "UsageError",
+    "certify_run",
+    "fit",
+    "ignore_known_warnings",
+    "load",
+    "predict",
+    "report",
+    "test",
+    "validate",
+]
 
 
 class UsageError(RuntimeError):
@@ -135,7 +147,7 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     (folder / "config.yaml").write_text(written)
     provenance.record["config"] = written
     started = time.perf_counter()
-    _ignore_known_warnings()
+    ignore_known_warnings()
     # The checkpoint is the run's own: it also holds plain Python objects.
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=False)
@@ -151,7 +163,7 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     return folder
 
 
-def _ignore_known_warnings() -> None:
+def ignore_known_warnings() -> None:
     """What says nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Resuming writes into the same folder on purpose.

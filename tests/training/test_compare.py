@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from perron.cli import main
+from perron.report.comparison import text_table
+from perron.training.compare import Settings, compare
+from perron.training.run import UsageError
+
+QUICK = Settings(parameters=2000, epochs=2, limit=200)
+CORES = ["pcdeq1-tanh", "mondeq", "subdeq-signed", "no-equilibrium"]
+
+
+def test_table_page_and_resumption(tmp_path) -> None:
+    lines: list[str] = []
+    table = compare(CORES, 1, QUICK, tmp_path, write=lines.append)
+    assert all(core in table for core in CORES)
+    assert "positive concave" in table
+    assert "monotone" in table
+    assert "refused" in table or "bounded gain" in table
+    assert sum("epoch 2/2" in line for line in lines) == len(CORES)
+    folder = next((tmp_path / "compare").iterdir())
+    page = (folder / "comparison.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    result = json.loads((folder / "pcdeq1-tanh-seed-0.json").read_text())
+    assert result["proven"] == 1
+    assert result["certificate"]["kind"] == "positive concave"
+    assert result["effective depth"] is None or result["effective depth"] >= 1
+    assert abs(result["parameters"] - 2000) < 100
+    # Again: nothing is trained twice, a further seed is.
+    lines.clear()
+    again = compare(CORES[:1], 2, QUICK, tmp_path, write=lines.append)
+    assert sum("kept" in line for line in lines) == 1
+    assert sum("epoch 2/2" in line for line in lines) == 1
+    assert "±" in again
+
+
+def test_the_budget_stops_and_the_same_command_goes_on(tmp_path) -> None:
+    lines: list[str] = []
+    assert "no model is finished" in compare(CORES[:1], 1, QUICK, tmp_path, budget=1e-3, write=lines.append)
+    assert "interrupted" in lines[-1]
+    table = compare(CORES[:1], 1, QUICK, tmp_path, write=lines.append)
+    assert "pcdeq1-tanh" in table
+    # The first epoch was not done again.
+    assert sum("epoch 1/2" in line for line in lines) == 1
+    lines.clear()
+    compare(CORES[:2], 1, QUICK, tmp_path, budget=0.0, write=lines.append)
+    assert "budget is spent" in lines[-1]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    silent = lambda line: None
+    compare(CORES[:1], 1, QUICK, whole, write=silent)
+    compare(CORES[:1], 1, QUICK, parts, budget=1e-3, write=silent)
+    compare(CORES[:1], 1, QUICK, parts, write=silent)
+    results = [json.loads(next(p.rglob("pcdeq1-tanh-seed-0.json")).read_text()) for p in (whole, parts)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["depth"] == results[1]["depth"]
+
+
+def test_misuse(tmp_path, capsys) -> None:
+    with pytest.raises(UsageError, match="unknown model"):
+        compare(["lstm"], 1, QUICK, tmp_path)
+    with pytest.raises(UsageError, match="unknown data"):
+        compare(CORES, 1, Settings(data="imagenet"), tmp_path)
+    with pytest.raises(UsageError, match="at least 1"):
+        compare(CORES, 0, QUICK, tmp_path)
+    compare(CORES[3:], 1, QUICK, tmp_path, write=lambda line: None)
+    with pytest.raises(UsageError, match="other settings"):
+        compare(CORES[3:], 1, Settings(parameters=2000, epochs=2, limit=100), tmp_path)
+    assert main(["compare", "digits", "--models", "lstm", "--runs", str(tmp_path)]) == 2
+    assert main(["compare", "digits", "--modles", "mondeq", "--runs", str(tmp_path)]) == 2
+    assert main(["compare", "mnist", "--data-dir", str(tmp_path / "none"), "--runs", str(tmp_path)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_missing_values_are_dashes() -> None:
+    row = {
+        "core": "x",
+        "seed": 0,
+        "width": 3,
+        "accuracy": 0.5,
+        "parameters": 10,
+        "forward steps": None,
+        "backward steps": None,
+        "seconds per epoch": 1.0,
+        "peak MiB": None,
+        "certificate": {"kind": "not needed", "rate": None, "refusal": None},
+        "proven": None,
+        "largest certified error": None,
+        "effective depth": None,
+    }
+    assert (
+        text_table([row]).splitlines()[-1] == "| x | 50.00 % | 1 | 10 | 3 | - | - | 1.0 | - | not needed | - | - | - |"
+    )
