@@ -42,6 +42,24 @@ class SparsePattern:
     shape: tuple[int, int]
     transposed: bool = False
 
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> SparsePattern:
+        """The pattern of entries (rows[k], columns[k]), int64, sorted by row and then column, each once."""
+        order = (columns * shape[0] + rows).argsort()
+        return cls(
+            _pointers(rows, shape[0]),
+            columns,
+            _pointers(columns[order], shape[1]),
+            rows[order],
+            order,
+            shape,
+        )
+
+    @property
+    def longest_row(self) -> int:
+        """Entries in the fullest row."""
+        return int(self.rows.diff().max()) if len(self.rows) > 1 else 0
+
     def t(self) -> SparsePattern:
         return SparsePattern(
             self.rows,
@@ -140,9 +158,11 @@ class _Sampled(torch.autograd.Function):
 
 
 def sparse_product(pattern: SparsePattern, values: Tensor, v: Tensor) -> Tensor:
-    """v W^T, (batch, columns) -> (batch, rows)."""
+    """v W^T, (..., columns) -> (..., rows)."""
     refuse_nested_forward_mode()
-    return _Product.apply(pattern, values, v)
+    if v.dim() == 2:
+        return _Product.apply(pattern, values, v)
+    return _Product.apply(pattern, values, v.flatten(0, -2)).unflatten(0, v.shape[:-1])
 
 
 class SparseLinear(nn.Module):
@@ -186,15 +206,15 @@ class SparseLinear(nn.Module):
         if bool((key.diff() == 0).any()):
             raise ValueError("an entry is named twice in edges; coalesce them first")
         rows, columns = key // max(in_features, 1), key % max(in_features, 1)
-        order = (columns * out_features + rows).argsort()
+        pattern = SparsePattern.of(rows, columns, (out_features, in_features))
         self.out_features, self.in_features = out_features, in_features
-        self.longest_row = int(torch.bincount(rows, minlength=1).max())
+        self.longest_row = pattern.longest_row
         buffers = {
-            "row_pointers": _pointers(rows, out_features),
-            "columns": columns,
-            "transposed_row_pointers": _pointers(columns[order], in_features),
-            "transposed_columns": rows[order],
-            "order": order,
+            "row_pointers": pattern.rows,
+            "columns": pattern.columns,
+            "transposed_row_pointers": pattern.transposed_rows,
+            "transposed_columns": pattern.transposed_columns,
+            "order": pattern.order,
         }
         for name, value in buffers.items():
             self.register_buffer(name, value)

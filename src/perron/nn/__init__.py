@@ -2,6 +2,7 @@
 
 from perron.cells import Activate, Inject, Normalize
 from perron.nn.equilibrium import Equilibrium
+from perron.nn.graph import GraphEquilibrium
 from perron.nn.monotone import MonotoneLinear
 from perron.nn.ode import NeuralODE
 from perron.nn.plain import PlainLinear
@@ -23,6 +24,7 @@ __all__ = [
     "Activate",
     "DiagonalLowRank",
     "Equilibrium",
+    "GraphEquilibrium",
     "Inject",
     "MonotoneLinear",
     "NeuralODE",

@@ -98,26 +98,27 @@ class Equilibrium(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             b, map, dtype = self._read(x)
-            value, solution = _fixed_point(
-                map,
-                b,
-                self.solver,
-                pose=self._pose,
-                z0=self._guess(b, z0),
-                on_adjoint=_Recorder(self),
-            )
-            self._count_batch(map, b, value)
+            return self._equilibrium(map, b, z0).to(dtype)
+
+    def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
+        """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
+        value, solution = _fixed_point(
+            map, b, self.solver, pose=self._pose, z0=self._guess(b, z0), on_adjoint=_Recorder(self)
+        )
+        self._count_batch(map, b, value)
         self._remember(solution)
-        return value.to(dtype)
+        return value
 
     @torch.no_grad()
     def solve(self, x: Tensor, *, z0: Tensor | None = None) -> Solution:
         """The whole Solution, without gradient."""
         with torch.autocast(x.device.type, enabled=False):
             b, map, _ = self._read(x)
-            problem = self._pose(map, b)
-            z0 = self._guess(b, z0)
-            solution = self.solver.solve(problem) if z0 is None else self.solver.solve(problem, z0)
+            return self._solve(map, b, z0)
+
+    def _solve(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Solution:
+        problem, z0 = self._pose(map, b), self._guess(b, z0)
+        solution = self.solver.solve(problem) if z0 is None else self.solver.solve(problem, z0)
         self._remember(solution)
         return solution
 

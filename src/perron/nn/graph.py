@@ -1,0 +1,219 @@
+"""Propagation over graphs to its equilibrium, in the manner of APPNP, with positive concave and subhomogeneous cells.
+
+    z = N(sigma((1 - alpha) A z + alpha b))     or     z = N(sigma((1 - alpha) A z) + alpha b)
+
+A is the adjacency with self-loops, normalised symmetrically, and acts on nodes; b >= 0 comes from the features of the
+nodes. A is sparse and nonnegative, so the certificates of the cells hold for every graph.
+
+Sources: Gasteiger, Bojchevski, Günnemann, "Predict then propagate", ICLR 2019 (APPNP); Sittoni, Tudisco, "Subhomogeneous
+deep equilibrium models", ICML 2024, section 6; the conventions of edge_index are those of torch_geometric.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from perron.activations import Activation, get_activation
+from perron.affine import SparseStep
+from perron.cells import ActivationStep, Chain, InjectStep, NormalizeStep
+from perron.certificates import Certificate
+from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection
+from perron.solvers import Solution, Solver
+from perron.structured import SparsePattern
+
+__all__ = ["GraphEquilibrium", "normalized_adjacency"]
+
+Place = Literal["inside", "outside"]
+
+
+def normalized_adjacency(
+    edge_index: Tensor, edge_weight: Tensor | None, nodes: int, *, dtype: torch.dtype = torch.float32
+) -> tuple[SparsePattern, Tensor]:
+    """D^-1/2 (A + I) D^-1/2 of a graph, with A[target, source] the weights; edges named twice are added up.
+
+    Args:
+        edge_index: (2, edges) integers: sources and targets.
+        edge_weight: (edges,) nonnegative, or None for ones.
+        nodes: their number.
+        dtype: of the values.
+
+    Returns:
+        (pattern, values), values (nnz,).
+
+    Raises:
+        ValueError: wrong shapes or types, nodes out of range, negative or non-finite weights.
+    """
+    if edge_index.dim() != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+        raise ValueError(
+            f"edge_index must be an integer tensor (2, edges), got {edge_index.dtype} {tuple(edge_index.shape)}"
+        )
+    edge_index = edge_index.long()
+    if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < nodes):
+        raise ValueError(
+            f"edge_index names nodes {int(edge_index.min())} to {int(edge_index.max())}, but there are {nodes}"
+        )
+    count = edge_index.shape[1]
+    weight = torch.ones(count, device=edge_index.device) if edge_weight is None else edge_weight.detach()
+    if weight.shape != (count,):
+        raise ValueError(f"edge_weight must be ({count},), one for each edge, got {tuple(weight.shape)}")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("edge_weight must be finite and nonnegative")
+    loops = torch.arange(nodes, device=edge_index.device)
+    key = torch.cat([edge_index[1] * nodes + edge_index[0], loops * nodes + loops])
+    weight = torch.cat([weight.double(), torch.ones(nodes, dtype=torch.float64, device=weight.device)])
+    key, where = torch.unique(key, return_inverse=True)
+    values = torch.zeros(len(key), dtype=torch.float64, device=key.device).index_add_(0, where, weight)
+    rows, columns = key // max(nodes, 1), key % max(nodes, 1)
+    # Not below the weight of the self-loop, so never zero.
+    scale = torch.zeros(nodes, dtype=torch.float64, device=key.device).index_add_(0, rows, values).rsqrt()
+    return SparsePattern.of(rows, columns, (nodes, nodes)), (values * scale[rows] * scale[columns]).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A propagation matrix, and the tensors it was made of, to know them again."""
+
+    edge_index: weakref.ref[Tensor]
+    edge_weight: weakref.ref[Tensor] | None
+    versions: tuple[int, int]
+    nodes: int
+    pattern: SparsePattern
+    values: Tensor
+
+    def is_of(self, edge_index: Tensor, edge_weight: Tensor | None, nodes: int) -> bool:
+        known = None if self.edge_weight is None else self.edge_weight()
+        same = self.edge_index() is edge_index and known is edge_weight and self.nodes == nodes
+        return same and self.versions == _versions(edge_index, edge_weight)
+
+
+def _versions(edge_index: Tensor, edge_weight: Tensor | None) -> tuple[int, int]:
+    return edge_index._version, -1 if edge_weight is None else edge_weight._version
+
+
+class GraphEquilibrium(Equilibrium):
+    """The equilibrium of a propagation over a graph; no parameters of its own.
+
+    Args:
+        activation: a name as in `perron.activations`: "tanh" or "softsign" (positive concave, with b > 0 from a softplus),
+            "tanh+1.2" (subhomogeneous, with b = relu), ...
+        alpha: share of b, in (0, 1]; the teleport probability of APPNP.
+        injection: "inside" or "outside" of the activation.
+        normalize: None, or the p of the norm over channels that every node is divided by; needs a shifted activation.
+        solver: default `Auto()`.
+
+    Shape:
+        x (nodes, channels), edge_index (2, edges), edge_weight (edges,) or None; output (nodes, channels). Without
+        `normalize` the channels are the samples of the Solution, (channels, nodes); with it the graph is one sample,
+        (1, channels, nodes).
+
+    Raises:
+        ValueError: shapes, nodes out of range, negative weights, alpha outside of (0, 1].
+        TypeError: x is not floating point.
+
+    >>> path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    >>> layer = GraphEquilibrium("tanh")
+    >>> layer(torch.randn(3, 5), path).shape
+    torch.Size([3, 5])
+    >>> layer.last_solution.certified
+    True
+    """
+
+    def __init__(
+        self,
+        activation: str | Activation = "tanh",
+        *,
+        alpha: float = 0.1,
+        injection: Place = "inside",
+        normalize: float | None = None,
+        solver: Solver | None = None,
+    ) -> None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], got {alpha}")
+        if injection not in ("inside", "outside"):
+            raise ValueError(f"injection must be 'inside' or 'outside', got {injection!r}")
+        sigma = get_activation(activation)
+        positivity: Injection = "relu" if sigma.at_zero > 0 else "softplus"
+        super().__init__(nn.Identity(), injection=positivity, solver=solver)
+        self.activation, self.alpha, self.place = sigma, alpha, injection
+        self.normalize = None if normalize is None else NormalizeStep(float(normalize), 1)
+        self._graph: _Graph | None = None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, z0: Tensor | None = None
+    ) -> Tensor:
+        """The equilibrium, (nodes, channels), with its implicit derivatives."""
+        with torch.autocast(x.device.type, enabled=False):
+            b, chain = self._problem(x, edge_index, edge_weight)
+            guess = None if z0 is None else self._to_state(z0.to(b.dtype))
+            return self._to_nodes(self._equilibrium(chain, b, guess)).to(x.dtype)
+
+    @torch.no_grad()
+    def solve(  # type: ignore[override]
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, z0: Tensor | None = None
+    ) -> Solution:
+        """The whole Solution, without gradient, in the layout of the state (see Shape)."""
+        with torch.autocast(x.device.type, enabled=False):
+            b, chain = self._problem(x, edge_index, edge_weight)
+            return self._solve(chain, b, None if z0 is None else self._to_state(z0.to(b.dtype)))
+
+    def certificate(self) -> Certificate:
+        """What is proven for the last graph; before the first one, for a single node, which stands for every graph.
+
+        The rules look at signs and spectral radii only, and these are the same for all normalised adjacencies.
+        """
+        with torch.no_grad():
+            graph = self._graph
+            if graph is None:
+                pattern, values = normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)
+            else:
+                pattern, values = graph.pattern, graph.values
+            return self.derive(self._chain(pattern, values), None)[0]
+
+    def _problem(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor, Chain]:
+        if x.dim() != 2:
+            raise ValueError(f"x must be (nodes, channels), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
+        x = x if x.dtype == torch.float64 else x.float()
+        if self._graph is None or not self._graph.is_of(edge_index, edge_weight, len(x)):
+            pattern, values = normalized_adjacency(edge_index, edge_weight, len(x), dtype=torch.float64)
+            weight = None if edge_weight is None else weakref.ref(edge_weight)
+            versions = _versions(edge_index, edge_weight)
+            self._graph = _Graph(weakref.ref(edge_index), weight, versions, len(x), pattern, values)
+        b = self.alpha * self.positive(x)
+        if self.injection == "softplus":
+            # A small alpha must not make zeros of it.
+            b = b.clamp_min(SMALLEST_INJECTION)
+        return self._to_state(b), self._chain(self._graph.pattern, self._graph.values.to(x))
+
+    def _chain(self, pattern: SparsePattern, values: Tensor) -> Chain:
+        step = SparseStep(((1 - self.alpha) * values,), None, pattern, pattern.longest_row)
+        parts: list[Any] = [step, InjectStep(), ActivationStep(self.activation)]
+        if self.place == "outside":
+            parts = [step, ActivationStep(self.activation), InjectStep()]
+        return Chain((*parts, *([] if self.normalize is None else [self.normalize])))
+
+    def _to_state(self, x: Tensor) -> Tensor:
+        state = x.t().contiguous()
+        return state if self.normalize is None else state.unsqueeze(0)
+
+    def _to_nodes(self, state: Tensor) -> Tensor:
+        return (state if self.normalize is None else state.squeeze(0)).t()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph is found again from its edges.
+        return {**super().__getstate__(), "_graph": None}
+
+    def extra_repr(self) -> str:
+        norm = (
+            ""
+            if self.normalize is None
+            else f", normalize={'inf' if math.isinf(self.normalize.p) else self.normalize.p}"
+        )
+        return f"{self.activation.name!r}, alpha={self.alpha}, injection={self.place!r}{norm}, solver={self.solver}"

@@ -1,0 +1,147 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from perron import certify
+from perron.nn import GraphEquilibrium
+from perron.nn.graph import normalized_adjacency
+from perron.solvers import Auto, Picard
+
+PATH = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+VARIANTS = [
+    {"activation": "tanh"},
+    {"activation": "tanh", "injection": "outside"},
+    {"activation": "softsign", "alpha": 0.3},
+    {"activation": "sigmoid"},
+    {"activation": "tanh+1.2", "injection": "outside", "normalize": float("inf")},
+    {"activation": "tanh+1.2", "normalize": 2.0},
+]
+
+
+def dense_adjacency(edge_index: Tensor, weight: Tensor | None, nodes: int) -> Tensor:
+    """Written down again, with a dense matrix."""
+    a = torch.eye(nodes, dtype=torch.float64)
+    for k in range(edge_index.shape[1]):
+        a[edge_index[1, k], edge_index[0, k]] += 1.0 if weight is None else float(weight[k])
+    scale = a.sum(1).rsqrt()
+    return scale[:, None] * a * scale
+
+
+def reference(layer: GraphEquilibrium, x: Tensor, a: Tensor) -> Tensor:
+    b = layer.alpha * layer.positive(x.double())
+    z = torch.zeros_like(b)
+    for _ in range(2000):
+        v = (1 - layer.alpha) * a @ z
+        z = layer.activation(v + b) if layer.place == "inside" else layer.activation(v) + b
+        if layer.normalize is not None:
+            z = z / torch.linalg.vector_norm(z, layer.normalize.p, dim=1, keepdim=True)
+    return z
+
+
+@given(st.integers(0, 10_000), st.booleans())
+def test_the_adjacency_is_the_dense_one(seed: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    nodes = 1 + seed % 9
+    edges = torch.randint(0, nodes, (2, seed % 30), generator=generator)
+    weight = torch.rand(edges.shape[1], generator=generator) if weighted else None
+    pattern, values = normalized_adjacency(edges, weight, nodes, dtype=torch.float64)
+    torch.testing.assert_close(pattern.matrix(values).to_dense(), dense_adjacency(edges, weight, nodes))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_values_enclosures_and_certificates(options) -> None:
+    torch.manual_seed(0)
+    edges = torch.randint(0, 30, (2, 80))
+    weight = torch.rand(80)
+    x = torch.randn(30, 4)
+    layer = GraphEquilibrium(**options)
+    certificate = layer.certificate()
+    assert certificate.kind == ("subhomogeneous" if "normalize" in options else "positive concave")
+    solution = layer.solve(x, edges, weight)
+    assert solution.certified
+    assert solution.converged.all()
+    exact = reference(layer, x, dense_adjacency(edges, weight, 30))
+    torch.testing.assert_close(layer(x, edges, weight).double(), exact, rtol=1e-3, atol=1e-5)
+    state = exact.t() if layer.normalize is None else exact.t().unsqueeze(0)
+    assert (solution.lower.double() <= state * (1 + 1e-6)).all()
+    assert (state * (1 - 1e-6) <= solution.upper.double()).all()
+    assert layer.certificate().kind == certificate.kind
+    assert certify(torch.nn.ModuleList([layer]))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_gradients(options) -> None:
+    torch.manual_seed(0)
+    layer = GraphEquilibrium(**options, solver=Auto(tol=1e-12, max_steps=2000))
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: layer(t, PATH), (x,), eps=1e-6, atol=1e-7)
+
+
+def test_far_nodes_hear_of_each_other() -> None:
+    """A path of 60 nodes: the value at one end depends on the other one; no number of layers is to be chosen."""
+    nodes = 60
+    chain = torch.stack([torch.arange(nodes - 1), torch.arange(1, nodes)])
+    edges = torch.cat([chain, chain.flip(0)], 1)
+    layer = GraphEquilibrium("tanh", alpha=0.01, solver=Auto(tol=1e-10, max_steps=5000))
+    x = torch.full((nodes, 1), -1.0, dtype=torch.float64).requires_grad_()
+    layer(x, edges)[-1, 0].backward()
+    assert float(x.grad[0, 0]) > 0
+
+
+def test_the_graph_is_remembered_and_noticed_when_it_changes() -> None:
+    layer = GraphEquilibrium("tanh")
+    x, edges, weight = torch.randn(3, 2), PATH.clone(), torch.ones(4)
+    first = layer(x, edges, weight)
+    graph = layer._graph
+    layer(x, edges, weight)
+    assert layer._graph is graph
+    weight[0] = 5.0
+    assert not torch.equal(layer(x, edges, weight), first)
+    torch.testing.assert_close(layer(x, edges), first)
+    edges[1, 0] = 2
+    assert not torch.equal(layer(x, edges), first)
+    copied = copy.deepcopy(layer)
+    torch.testing.assert_close(copied(x, edges), layer(x, edges))
+
+
+def test_a_million_edges_without_a_dense_matrix() -> None:
+    torch.manual_seed(0)
+    nodes = 100_000
+    edges = torch.randint(0, nodes, (2, 1_000_000))
+    layer = GraphEquilibrium("tanh", solver=Picard(tol=1e-3))
+    # A dense matrix would be 40 GB.
+    assert layer.solve(torch.randn(nodes, 2), edges).certified
+
+
+def test_hard_inputs() -> None:
+    layer = GraphEquilibrium("tanh", solver=Auto(on_failure="ignore"))
+    none = torch.zeros(2, 0, dtype=torch.long)
+    assert layer(torch.randn(3, 2), none).shape == (3, 2)
+    assert layer(torch.randn(3, 0), PATH).shape == (3, 0)
+    x = torch.randn(3, 2)
+    x[1, 0] = float("nan")
+    solution = layer.solve(x, PATH)
+    assert solution.proven.tolist() == [False, True]
+    assert layer(torch.randn(3, 2, dtype=torch.float16), PATH).dtype == torch.float16
+    tiny = GraphEquilibrium("tanh", alpha=1e-30, solver=Auto(max_steps=2000, on_failure="ignore"))
+    tiny.solve(torch.full((3, 2), -1e3), PATH)
+    b, _ = tiny._problem(torch.full((3, 2), -1e3), PATH, None)
+    assert (b > 0).all()
+    for arguments, word in (
+        ((torch.randn(3), PATH), "nodes, channels"),
+        ((torch.randn(2, 2), PATH), "nodes 0 to 2"),
+        ((torch.randn(3, 2), PATH.float()), "integer"),
+        ((torch.randn(3, 2), PATH, torch.tensor([1.0, 1, 1, -1])), "nonnegative"),
+        ((torch.randn(3, 2), PATH, torch.ones(3)), "edge_weight"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            layer(*arguments)
+    with pytest.raises(TypeError, match="floating"):
+        layer(torch.ones(3, 2, dtype=torch.long), PATH)
+    for options in ({"alpha": 0.0}, {"alpha": 1.5}, {"injection": "before"}):
+        with pytest.raises(ValueError, match="must be"):
+            GraphEquilibrium("tanh", **options)
