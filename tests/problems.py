@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, Inject, trace
+from perron.data.graphs import GRAPHS
 from perron.nn import Equilibrium
 from perron.solvers import Picard, Solver
 
@@ -54,3 +58,24 @@ def dense_problems(draw: st.DrawFn, activations: list[str] = SUBLINEAR) -> tuple
     low, high = sorted(draw(st.lists(st.integers(-9, 3), min_size=2, max_size=2)))
     exponents = low + (high - low) * torch.rand(4, n, generator=generator, dtype=torch.float64)
     return dense_layer(weight, name), (10**exponents).to(dtype)
+
+
+def write_graph(folder: Path, name: str, nodes: int = 60, hyper: bool = False, **changes: np.ndarray) -> None:
+    """A small graph of three communities, in the form of the files."""
+    generator = np.random.default_rng(0)
+    label = np.arange(nodes) % 3
+    same = generator.integers(0, nodes // 3, (2, 4 * nodes))
+    edges = 3 * same + generator.integers(0, 3, 4 * nodes)
+    arrays = {
+        "feature_row": np.repeat(np.arange(nodes), 2).astype(np.int32),
+        "feature_col": generator.integers(0, 12, 2 * nodes).astype(np.int32),
+        "feature_value": np.ones(2 * nodes, np.float32),
+        "feature_shape": np.array([nodes, 12]),
+        "label": label.astype(np.int16),
+    }
+    if hyper:
+        arrays |= {"hyperedge_ptr": np.arange(0, 4 * nodes + 1, 4), "hyperedge_node": edges.reshape(-1)[: 4 * nodes]}
+    else:
+        arrays["edge_index"] = edges.astype(np.int32)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / GRAPHS[name][0], **{**arrays, **changes})

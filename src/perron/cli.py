@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
             epilog="Further options go to Lightning: --trainer.X, --model.X, --data.init_args.X; --print_config lists them.",
         )
         what = "preset" if name == "fit" else "preset (its latest run), run folder or checkpoint"
-        sub.add_argument("target", help=f"{what}; presets: {', '.join(presets())}")
+        graphs = (
+            "; graphs: cora, citeseer, cora-author-, cora-cocitation-, citeseer-hypergraph" if name == "fit" else ""
+        )
+        sub.add_argument("target", help=f"{what}; presets: {', '.join(presets())}{graphs}")
         sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
         if name == "fit":
@@ -76,6 +79,25 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
 
 
+def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
+    from perron.training.graphs import PROPAGATIONS, GraphSettings, fit_graph
+
+    parser = argparse.ArgumentParser(prog=f"perron fit {arguments.target}")
+    parser.add_argument("--splits", type=int, default=5, help="random splits (default 5)")
+    parser.add_argument("--models", default=",".join(PROPAGATIONS), help="names, separated by commas (default all)")
+    parser.add_argument("--epochs", type=int, default=GraphSettings.epochs, help="at most (default %(default)s)")
+    options = parser.parse_args(rest)
+    return fit_graph(
+        arguments.target,
+        options.models.split(","),
+        options.splits,
+        GraphSettings(epochs=options.epochs),
+        arguments.runs,
+        data_dir=arguments.data_dir,
+        write=lambda line: print(line, flush=True),
+    )
+
+
 def _compare(arguments: argparse.Namespace) -> str:
     from perron.models import CORES
     from perron.training.compare import Settings, compare
@@ -104,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = _parser().parse_known_args(argv)
     try:
         from perron.data import DataError
+        from perron.data.graphs import GRAPHS
         from perron.training import run
     except ImportError as error:
         print(f"perron: the command line needs more packages: pip install perron[train] ({error})", file=sys.stderr)
@@ -114,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rest:
                 raise run.UsageError(f"unknown options: {' '.join(rest)}")
             print(_compare(arguments))
+        elif arguments.command == "fit" and arguments.target in GRAPHS:
+            print(_fit_graph(arguments, rest))
         elif arguments.command == "fit":
             config = presets().get(arguments.target)
             if config is None and Path(arguments.target).suffix in (".yaml", ".yml"):

@@ -27,7 +27,7 @@ from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection
 from perron.solvers import Solution, Solver
 from perron.structured import SparsePattern
 
-__all__ = ["GraphEquilibrium", "normalized_adjacency"]
+__all__ = ["GraphEquilibrium", "Place", "normalized_adjacency"]
 
 Place = Literal["inside", "outside"]
 
