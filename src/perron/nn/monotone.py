@@ -64,8 +64,6 @@ class MonotoneLinear(Recurrent):
         recurrent, affine = linear_maps(in_features, features, bias=bias, device=device, dtype=dtype)
         cell = nn.Sequential(recurrent, Inject(), Activate(sigma))
         super().__init__(in_features, features, cell, affine, mode=injection, positivity="free", solver=solver)
-        if self.injection == "given":
-            self.injection = "free"
         self.margin = margin
         monotone_operator(recurrent, margin=margin)
         self._initialise_recurrent()

@@ -58,8 +58,6 @@ class PlainLinear(Recurrent):
         recurrent, affine = linear_maps(in_features, features, bias=bias, device=device, dtype=dtype)
         cell = nn.Sequential(recurrent, Inject(), Activate(sigma))
         super().__init__(in_features, features, cell, affine, mode=injection, positivity="free", solver=solver)
-        if self.injection == "given":
-            self.injection = "free"
         self.initial_radius = initial_radius
         self._initialise_recurrent()
 

@@ -59,7 +59,7 @@ class Recurrent(Equilibrium):
         cell: a Sequential that begins with W.
         affine: the input map.
         mode: "inside" (b is made of affine(x)), "pre" (of the input itself) or "given" (the input is b).
-        positivity: how b is made, see `Equilibrium`; without effect in mode "given".
+        positivity: how b is made, see `Equilibrium`; in mode "given" only "free" has an effect.
         solver: default `Auto()`.
     """
 
@@ -83,8 +83,9 @@ class Recurrent(Equilibrium):
             raise ValueError(
                 f"with injection={mode!r} the input is the injection: in_features={in_features} must equal {features}"
             )
-        super().__init__(cell, injection="given" if mode == "given" else positivity, solver=solver)
-        self.in_features, self.features = in_features, features
+        given = mode == "given" and positivity != "free"
+        super().__init__(cell, injection="given" if given else positivity, solver=solver)
+        self.in_features, self.features, self.mode = in_features, features, mode
         self.input = affine if mode == "inside" else None
 
     @property
@@ -126,12 +127,6 @@ class Recurrent(Equilibrium):
             return x
         dtype = self._parameter_dtype()
         return self.input(x if dtype is None else x.to(dtype))
-
-    @property
-    def mode(self) -> InputMode:
-        if self.input is not None:
-            return "inside"
-        return "given" if self.injection == "given" else "pre"
 
     def _describe(self) -> str:
         """What the layer adds to its representation."""
