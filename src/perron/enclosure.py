@@ -56,9 +56,10 @@ class Enclosure:
 
 
 def chord(gain: Tensor, loss: Tensor) -> Tensor:
-    """Nearly the largest t with `t loss <= (1 - t) gain` per sample, reshaped to broadcast.
+    """Nearly the smallest w with `(1 - w) loss <= w gain` per sample, reshaped to broadcast: how far to stay from q.
 
-    Entries with `loss = 0` do not bind. The result is 0.1 % on the safe side, which covers its own rounding.
+    Entries with `loss = 0` do not bind. The result is 0.1 % on the safe side, which covers its own rounding; 1 - w is only
+    that accurate where w is far above the unit roundoff.
 
     Args:
         gain: (batch, ...) f(p) - p, not negative.
@@ -67,9 +68,8 @@ def chord(gain: Tensor, loss: Tensor) -> Tensor:
     # The smallest number there is makes 0/0 infinite (a selection by mask costs ten times as much). It is no risk: in
     # its presence f still gains by the final scaling of `prove`, see there.
     ratio = (gain + _smallest(gain.dtype)).div_(loss)
-    # Capped, so that the rounding of 1 - t stays well below the margin.
-    s = (amin(ratio) * (1 - 1e-3)).clamp(0, 1e-4 / unit_roundoff(gain.dtype))
-    return per_sample(s / (1 + s), gain)
+    s = (amin(ratio) * (1 - 1e-3)).clamp(0, 1e30)
+    return per_sample(1 / (1 + s), gain)
 
 
 def _smallest(dtype: torch.dtype) -> float:
@@ -109,10 +109,10 @@ def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
     shrink, grow = per_sample(shrink, p), per_sample(grow, p)
     gain = torch.addcmul(shrink * low_zero, shrink - 1, miss).clamp_min_(0)
     top = (1 + grow) * q
-    t = chord(gain, (top - low_q).clamp_min_(0))
+    w = chord(gain, (top - low_q).clamp_min_(0))
     first = torch.addcmul(gain, 1 - shrink, p)
     # The factor takes at least 16u f(0) off: more than the smallest number that `chord` may have added to a gain.
-    lower = torch.maximum(first, torch.lerp(first, low_q, t)).mul_(1 - 16 * u)
+    lower = torch.maximum(first, torch.lerp(low_q, first, w)).mul_(1 - 16 * u)
     upper = torch.minimum(top, high_q.mul_(1 + grow)).mul_(1 + 16 * u)
     proven &= amin(lower) >= 0
     residual = amax((q / values.at_q.clamp_min(torch.finfo(p.dtype).tiny)).sub_(1).abs_())
@@ -123,8 +123,8 @@ def observe(trial: Evaluated) -> Enclosure:
     """The bounds of `prove` taken at face value, rounding ignored: nothing is proven by them, whatever `proven` says."""
     z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
     noise = 4 * unit_roundoff(z.dtype) * s
-    t = chord((s - z).clamp_min(0), (trial.q - high - noise).clamp_min(0))
-    lower = (1 - t) * s + t * high
+    w = chord((s - z).clamp_min(0), (trial.q - high - noise).clamp_min(0))
+    lower = torch.lerp(high, s, w)
     residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
     return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
 

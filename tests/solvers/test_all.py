@@ -344,3 +344,20 @@ def test_enough_fixed_steps_prove_every_sample(make) -> None:
         weight *= 0.9 / torch.linalg.eigvals(weight).abs().max()
         layer = dense_layer(weight, "tanh", solver=make(steps=24))
         assert layer.solve(b).converged.all()
+
+
+@pytest.mark.parametrize("make", [Auto, Picard, Anderson])
+def test_without_proof_a_solve_takes_no_more_steps(make) -> None:
+    """In float32 the bounds must still be able to close to the tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(60, 60, generator=generator) / 30 + torch.diag(torch.rand(60, generator=generator)) / 4
+    layer = dense_layer(0.7 * weight, "tanh")
+    b = 0.01 + torch.rand(32, 60, generator=generator)
+    steps = []
+    for verify in (torch.float64, None):
+        layer.solver = make(tol=2e-5, verify=verify)
+        solution = layer.solve(b)
+        assert solution.converged.all()
+        assert solution.certified == (verify is not None)
+        steps.append(float(solution.steps.double().mean()))
+    assert steps[1] <= steps[0] + 2

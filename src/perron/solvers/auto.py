@@ -63,10 +63,7 @@ class Auto(Accelerated):
             return picard.solve(problem, z0)
         if self.steps is None and self._simple_steps_pay(chain, problem.injection):
             few = min(_FEW, self.max_steps)
-            # Where products cost little float64 costs no more, and its cleaner ratios save steps.
-            found = replace(picard, max_steps=few, verify=torch.float64).solve(problem, z0)
-            if self.verify is None:
-                found = replace(found, proven=torch.zeros_like(found.proven), precision=None)
+            found = replace(picard, max_steps=few).solve(problem, z0)
             left = (~found.converged).nonzero().flatten()
             if few < self.max_steps and left.numel():
                 rest = replace(self, max_steps=self.max_steps - few)
