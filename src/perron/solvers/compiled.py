@@ -26,9 +26,9 @@ __all__ = ["Compiled"]
 
 logger = logging.getLogger(__name__)
 
-# Uncompiled solves of a problem's shape before it is compiled; least and most steps of a compiled solve; solves in a row
-# with samples left over after which it is compiled again, with so many more steps; and how often at most.
-_SIGHTINGS, _LEAST, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 9, 22, 4, 6, 3
+# Uncompiled solves of a problem's shape before it is compiled; most steps of a compiled solve; solves in a row with
+# samples left over after which it is compiled again, with so many more steps; and how often at most.
+_SIGHTINGS, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 22, 4, 6, 3
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
@@ -47,7 +47,7 @@ class _Plan:
 
     def observe(self, steps: Tensor) -> bool:
         """Whether to compile now, after a solve that took these steps."""
-        self.steps = max(self.steps, min(max(int(steps.max()), _LEAST), _MOST))
+        self.steps = max(self.steps, min(int(steps.max()), _MOST))
         self.sightings += 1
         ready = self.sightings >= _SIGHTINGS and not self.refused
         self.compilations += ready
