@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from perron.report.figures import svg
@@ -115,7 +116,7 @@ def _seconds(axes: Axes, results: Results) -> None:
     groups = _grouped(results, "seconds per epoch")
     axes.barh(range(len(groups)), [statistics.median(v) for v in groups.values()], color="#0f766e")
     _name_rows(axes, list(groups))
-    axes.set(title="Training", xlabel="seconds per epoch", xscale="log")
+    axes.set(title="Training", xlabel="seconds per epoch")
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:
@@ -124,10 +125,15 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
 
 
 def _depths(axes: Axes, results: Results) -> None:
-    for r in results:
-        if r["effective depth"] is not None and r["seed"] == 0:
-            cuts = [int(k) for k in r["depth"] if k != "full"]
-            axes.plot(cuts, [100 * r["depth"][str(c)] for c in cuts], marker="o", markersize=3, label=r["core"])
+    first = [r for r in results if r["effective depth"] is not None and r["seed"] == results[0]["seed"]]
+    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for number, r in enumerate(first):
+        cuts = [int(k) for k in r["depth"] if k != "full"]
+        accuracy = [100 * r["depth"][str(c)] for c in cuts]
+        axes.plot(cuts, accuracy, marker="o", markersize=3, color=colors[number % len(colors)], label=r["core"])
+    cuts = sorted({int(k) for r in first for k in r["depth"] if k != "full"})
     axes.set(title="The solve cut short", xlabel="evaluations of f", ylabel="test accuracy, %", xscale="log")
+    axes.set_xticks(cuts, [str(c) for c in cuts])
+    axes.minorticks_off()
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)

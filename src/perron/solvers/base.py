@@ -74,7 +74,7 @@ class Solution:
         error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none. Samples whose fixed point is
             not known to be positive: on max_i |value - z*|_i / max_j max(|z*_j|, |b_j|).
         rate: (batch,) the last residual ratio, an estimate (no proof) of the spectral radius of the Jacobian.
-        converged: (batch,) whether the tolerance was reached.
+        converged: (batch,) whether the tolerance was reached; by the residual where nothing is proven.
         proven: (batch,) whether the enclosure is proven, rounding accounted for.
         precision: dtype of the arithmetic that proved enclosures, or None where no proof was wanted or possible.
         stopping: "enclosure" (certified error) or "residual".
