@@ -97,3 +97,28 @@ def test_missing_values_are_dashes() -> None:
     assert (
         text_table([row]).splitlines()[-1] == "| x | 50.00 % | 1 | 10 | 3 | - | - | 1.0 | - | not needed | - | - | - |"
     )
+
+
+@pytest.mark.parametrize("core", ["subdeq-nonnegative", "mondeq"])
+def test_presets_of_rivals_go_through_every_command(core: str, tmp_path, capsys) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        f"""
+model:
+  model:
+    class_path: perron.models.RivalNet
+    init_args: {{core: {core}, in_features: 64, width: 8}}
+data:
+  class_path: perron.data.Digits
+  init_args: {{limit: 100}}
+trainer: {{max_epochs: 1}}
+"""
+    )
+    runs = ["--runs", str(tmp_path / "runs")]
+    assert main(["fit", str(config), *runs]) == 0
+    assert main(["test", "small", *runs]) == 0
+    assert "enclosures proven 360/360" in capsys.readouterr().out
+    assert main(["certify", "small", *runs]) == 0
+    out = capsys.readouterr().out
+    assert "certified (network)" in out
+    assert "not verified" in out

@@ -17,6 +17,7 @@ from perron.cells import Chain
 from perron.contraction import Contraction, contraction, gain
 from perron.enclosure import relative_error_bound, round_outward
 from perron.monotone import Monotonicity, monotonicity
+from perron.rounding import unit_roundoff
 from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 from perron.solvers.iteration import Found, Method, Plain, Rule, iterate
 from perron.solvers.splitting import Splitting
@@ -25,6 +26,8 @@ __all__ = ["solve_by_contraction"]
 
 # Searches in float64 for samples that are not within the tolerance yet.
 _SEARCHES = 3
+# Residuals below so many units of roundoff are not asked of steps in the layer's precision.
+_ROUNDING = 64
 
 
 def solve_by_contraction(
@@ -78,7 +81,9 @@ class _Contracting:
         sure = self._sure(self.problem)
         # On a monotone cell only splitting is sure to converge; another method gets half of the steps.
         share = 2 if isinstance(self.known, Monotonicity) and method is not None and not fixed else 1
-        rule = Rule(goal.to(b.dtype), None, True, max((solver.limit - 1) // share, 1), fixed, patient=True)
+        # What rounding keeps these steps from is left to those in float64.
+        coarse = goal.clamp_min(_ROUNDING * unit_roundoff(b.dtype)).to(b.dtype)
+        rule = Rule(coarse, None, True, max((solver.limit - 1) // share, 1), fixed, patient=True)
         found = self._search(self.problem, sure if method is None else method, start, rule)
         best = self._prove(found.candidate.double(), None)
         for _ in range(0 if fixed else _SEARCHES):

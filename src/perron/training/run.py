@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 import perron
+from perron.affine import Refusal
 from perron.data import ImageData
 from perron.report import write_report
 from perron.training.callbacks import EpochLines, History, Progress
@@ -263,6 +264,7 @@ def certify_run(loaded: Loaded, split: str) -> str:
     """The certificate in words, and the count of samples whose class is constant over the enclosures."""
     loaded.data.setup("test" if split == "test" else "validate")
     loader = loaded.data.test_dataloader() if split == "test" else loaded.data.val_dataloader()
+    certificate = perron.certify(loaded.module.model)
     constant: list[bool] = []
     margin: list[float] = []
     right: list[bool] = []
@@ -271,7 +273,10 @@ def certify_run(loaded: Loaded, split: str) -> str:
         writer = csv.writer(file)
         writer.writerow(["index", "class", "constant_over_enclosure", "margin"])
         for x, y in loader:
-            found = certify_classes(loaded.module.model, x)
+            try:
+                found = certify_classes(loaded.module.model, x)
+            except Refusal as refusal:
+                return f"{certificate}\n{split}: the class over whole enclosures is not verified: {refusal}"
             for p, c, m in zip(found.predicted.tolist(), found.constant.tolist(), found.margin.tolist(), strict=True):
                 writer.writerow([len(constant), loaded.data.classes[p], c, f"{m:.6g}"])
                 constant.append(c)
@@ -280,7 +285,7 @@ def certify_run(loaded: Loaded, split: str) -> str:
     both = sum(c and r for c, r in zip(constant, right, strict=True))
     return "\n".join(
         [
-            str(perron.certify(loaded.module.model)),
+            str(certificate),
             f"{split}: the class is proven constant over the whole enclosure of every equilibrium layer for "
             f"{sum(constant)} of {len(constant)} images ({both} of them classified correctly)",
             f"smallest proven logit margin {min(margin, default=float('nan')):.4g}; per image: {path}",
