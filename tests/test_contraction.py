@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perron import certify
-from perron.cells import Activate, Chain, Inject, Normalize, trace
-from perron.contraction import activation_degree, contraction, degree, gain
+from perron.activations import get_activation
+from perron.cells import Activate, ActivationStep, Chain, Inject, Normalize, trace
+from perron.contraction import _ball, _step_over, activation_degree, contraction, degree, gain
 from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
 from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
 from problems import long_picard
@@ -496,3 +497,39 @@ def test_candidates_outside_of_the_box_are_moved_into_it() -> None:
         run = _Contracting(Picard(), problem)
         outside, edge = run._prove(torch.full((1, 2), 1e6).double(), None), run._prove(run.known.upper, None)
     torch.testing.assert_close(outside.upper, edge.upper, rtol=0, atol=0)
+
+
+def test_a_degree_says_nothing_of_samples_with_negative_injections() -> None:
+    """Nonnegative weights, b < 0 outside of sigma: the fixed point is negative, and proven by the sup norm alone."""
+    weight = torch.tensor([[0.2, 0.1], [0.05, 0.3]], dtype=torch.float64)
+    cell = layer(weight, Activate("tanh+1.2"), Inject(), injection="free")
+    b = torch.tensor([[-3.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    solution = cell.solve(b)
+    exact = long_picard(trace(cell.cell), b)
+    assert exact[0, 0] < 0
+    assert solution.proven.all()
+    assert ((solution.lower <= exact) & (exact <= solution.upper)).all()
+
+
+def test_steep_powers_have_their_rounding() -> None:
+    """(tanh v + 1 + 1e-9)^0.1 at v = -30: an ulp of tanh moves it by far more than an ulp."""
+    activation = get_activation("(tanh+1.000000001)^0.1")
+    v = torch.full((1,), -30.0, dtype=torch.float64)
+    with mpmath.workdps(50):
+        exact = (mpmath.tanh(-30) + mpmath.mpf(1.000000001)) ** mpmath.mpf(0.1)
+        low, high = _step_over(ActivationStep(activation), v, v, v)
+        assert mpmath.mpf(float(low)) <= exact <= mpmath.mpf(float(high))
+    # One roundoff of tanh, times p x^(p - 1).
+    assert float(high - low) > 0.1 * 1e-9**-0.9 * 1e-16
+
+
+def test_the_ball_counts_the_rounding_of_sums_that_cancel() -> None:
+    """F(z) = W2 relu(W1 z + b) with W2 = 1e12 (1, -1): F(0) is 0 up to 1e-4."""
+    first, second = nn.Linear(2, 2, bias=False).double(), nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        first.weight.copy_(1e-14 * torch.eye(2))
+        second.weight.copy_(1e12 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+    chain = trace(nn.Sequential(first, Inject(), nn.ReLU(), second))
+    assert gain(chain) < 1
+    lower, upper = _ball(chain, torch.full((1, 2), 0.7, dtype=torch.float64))
+    assert float((upper - lower).min()) > 1e-5

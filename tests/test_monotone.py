@@ -71,7 +71,9 @@ def test_margins_are_refused_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="margin"):
         MonotoneOperator(0.5).right_inverse(torch.eye(3))
     with pytest.raises(ValueError, match="square"):
-        monotone_operator(nn.Linear(3, 2)) if False else MonotoneOperator(0.5).right_inverse(torch.ones(2, 3))
+        MonotoneOperator(0.5).right_inverse(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="square"):
+        monotone_operator(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="positive"):
         MonotoneOperator(0.0)
     with pytest.raises(ValueError, match="slopes"):
@@ -212,3 +214,16 @@ def test_rounding_of_large_sums_is_accounted_for() -> None:
     b = torch.zeros(1, 2, dtype=torch.float64)
     lower, upper, _ = monotonicity(chain, b).enclose(b + 1, b + 1)
     assert float((upper - lower).min()) > 1
+
+
+def test_a_state_of_more_dimensions() -> None:
+    """W acts on the last one; the margin is that of every row."""
+    weight = random_weight(0, 5, 1.0, 0.3)
+    cell = layer(weight, "tanh", solver=Auto(tol=1e-8, max_steps=2000))
+    b = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = cell.solve(b)
+    assert solution.certified
+    assert solution.converged.all()
+    rows = exact(weight, "tanh", b.reshape(12, 5)).reshape(3, 4, 5)
+    assert (solution.lower <= rows + 1e-12).all()
+    assert (rows - 1e-12 <= solution.upper).all()

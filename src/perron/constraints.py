@@ -201,6 +201,8 @@ def monotone_operator(module: nn.Module, name: str = "weight", *, margin: float 
     constraint = MonotoneOperator(margin)
     with torch.no_grad():
         weight = getattr(module, name)
+        if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+            raise ValueError(f"a square matrix is needed, got shape {tuple(weight.shape)}")
         top = float(torch.linalg.eigvalsh((weight + weight.t()).double() / 2).amax()) if weight.numel() else 0.0
         if top > 1 - margin:
             weight.mul_(max(1 - margin, 0.0) / top)

@@ -171,8 +171,10 @@ class Contraction:
             apart = amax(torch.log(fz / z).abs()) + slack
             spread = self.thompson / (1 - self.thompson) * (apart + slack) * (1 + 1e-12) + slack
             by_degree = (self.thompson < 1) & (amin(torch.where(z > 0, fz, 0.0)) > 0) & spread.isfinite()
-            factor = per_sample(torch.where(by_degree, torch.exp(spread), math.inf), fz)
-            low, high = torch.maximum(low, fz / factor), torch.minimum(high, fz * factor)
+            # Without the degree a sample may have any sign, and 0 is no lower bound of it.
+            mask, factor = per_sample(by_degree, fz), per_sample(torch.exp(spread), fz)
+            low = torch.where(mask, torch.maximum(low, fz / factor), low)
+            high = torch.where(mask, torch.minimum(high, fz * factor), high)
         return low, high, (by_norm | by_degree) & all_finite(fz)
 
 
@@ -251,9 +253,10 @@ def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
     kappa = gain(chain)
     if not kappa < 1:
         return None
-    # The sizes of what was summed, for its rounding.
-    sizes = amax(injection.abs()) + sum(float(s.bias.abs().max()) for s in chain.affine if s.bias is not None)
-    radius = (amax(chain.at_zero(injection).abs()) * (1 + 1e-6) + 1e-9 * sizes + 1e-290) / (1 - kappa)
+    # F(0) with its rounding, which cancelling sums may make larger than F(0) itself.
+    zero = torch.zeros_like(injection)
+    low, high = _over(chain, injection, zero, zero, 0)
+    radius = amax(torch.maximum(low.abs(), high.abs())) / (1 - kappa) * (1 + 1e-12) + 1e-290
     ball = per_sample(radius, injection).expand_as(injection)
     return -ball, ball
 
@@ -272,15 +275,24 @@ def _step_over(step: object, injection: Tensor, lower: Tensor, upper: Tensor) ->
         low, high = step(lower, injection), step(upper, injection)
         return low - 2 * _U * low.abs(), high + 2 * _U * high.abs()
     assert isinstance(step, ActivationStep)
-    low, high = step(lower), step(upper)
-    slack = _activation_error(step.activation, low, high)
-    return low - slack, high + slack
+    slack = _activation_error(step.activation, lower, upper)
+    return step(lower) - slack, step(upper) + slack
 
 
-def _activation_error(activation: Activation, low: Tensor, high: Tensor) -> Tensor:
-    """Absolute rounding of the activation where its values lie between these."""
-    base, shift, _ = activation.inner or (activation, 0.0, 1.0)
-    return 2 * activation.ulps * _U * (torch.maximum(low.abs(), high.abs()) + shift + 2 * base.at_zero)
+def _activation_error(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:
+    """Absolute rounding of the activation for arguments between these; not finite where it is not known."""
+    base, shift, power = activation.inner or (activation, 0.0, 1.0)
+    low, high = base(lower), base(upper)
+    size = torch.maximum(low.abs(), high.abs()) + 2 * base.at_zero
+    error = 2 * base.ulps * _U * size
+    if activation.inner is None:
+        return error
+    error = error + 2 * _U * (size + shift)
+    if power == 1:
+        return error
+    # A power is steep next to zero. NaN where base + shift may be negative.
+    least = low + shift - 2 * error
+    return power * least.pow(power - 1) * error + 128 * _U * (high + shift + 2 * error).pow(power)
 
 
 def sensitivity(
@@ -307,11 +319,9 @@ def sensitivity(
             # Widened by the error of its argument.
             steep = step.activation.steepest(lower - error, upper + error)
             flat = step.activation.flattest(lower - error, upper + error)
+            error = steep * error * (1 + 1e-12) + _activation_error(step.activation, lower - error, upper + error)
         lower, upper = _step_over(step, injection, lower, upper)
-        if isinstance(step, ActivationStep):
-            assert steep is not None
-            error = steep * error * (1 + 1e-12) + _activation_error(step.activation, lower, upper)
-        elif isinstance(step, InjectStep):
+        if isinstance(step, InjectStep):
             error = error + 2 * _U * torch.maximum(lower.abs(), upper.abs())
         error = error + 1e-300
         largest.append(steep)

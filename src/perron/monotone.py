@@ -74,9 +74,10 @@ class Monotonicity:
 
     Attributes:
         weight: W, float64.
-        injection: (batch, features) b, float64.
+        bias: of the affine step, or None.
+        injection: (batch, ..., features) b, float64.
         margin: m > 0.
-        terms: roundings of an entry of W z + b; ulps: of sigma.
+        ulps: of sigma.
         offset: what the rounding of sigma is relative to, beyond its value.
     """
 
@@ -114,13 +115,19 @@ class Monotonicity:
         terms = gamma(self.weight.shape[1] + 6, torch.float64)
         error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + 1e-300
         moved = fz - z
-        image = (moved @ self.weight.t()).norm(dim=1)
-        slack = terms * (moved.abs() @ self.weight.abs().t()).norm(dim=1)
-        radius = (image + 2 * slack + float(self.weight.norm()) * (1 + 1e-12) * error.norm(dim=1)) / self.margin
-        radius = radius * (1 + gamma(fz.shape[1] + 16, torch.float64))
+        # W acts on the last dimension; over all of them together it has the same margin.
+        image = _norm(moved @ self.weight.t())
+        slack = terms * _norm(moved.abs() @ self.weight.abs().t())
+        radius = (image + 2 * slack + float(self.weight.norm()) * (1 + 1e-12) * _norm(error)) / self.margin
+        radius = radius * (1 + gamma(fz[:1].numel() + 16, torch.float64))
         reach = (per_sample(radius, fz) + error) * (1 + 4 * _U) + 4 * _U * fz.abs()
         proven = all_finite(fz) & radius.isfinite() & all_finite(self.injection)
         return fz - reach, fz + reach, proven
+
+
+def _norm(t: Tensor) -> Tensor:
+    """(batch,) Euclidean norm of every sample."""
+    return t.flatten(1).norm(dim=1)
 
 
 @torch.no_grad()

@@ -58,14 +58,15 @@ class Splitting:
     def _plain(self, u: Tensor) -> Tensor:
         """One step of the method, a contraction in u."""
         half = 2 * self.activation(u) - u
-        solved = torch.linalg.lu_solve(*self.factors, (half + self.offset).t()).t()
-        return 2 * solved - half
+        rows = (half + self.offset).flatten(0, -2)
+        solved = torch.linalg.lu_solve(*self.factors, rows.t()).t()
+        return 2 * solved.reshape(half.shape) - half
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
         # At the fixed point u = W z + b.
         u = (F.linear(z, self.weight) + self.offset) if self.auxiliary is None else self.auxiliary
         new = self._plain(u)
-        size = (new - u).norm(dim=1)
+        size = (new - u).flatten(1).norm(dim=1)
         grown = size > _TRUST * self.least
         better = size < self.least
         self.best = torch.where(per_sample(better, u), new, self.best)
