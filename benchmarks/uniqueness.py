@@ -1,10 +1,10 @@
 """False certificates: random maps that contract or are monotone, and a search for second fixed points of each.
 
-Families: subhomogeneous maps with nonnegative weights, normalised or not; signed weights, plain, with bounded rows, and
-near the counterexamples with two fixed points (mutual inhibition, W = [[a, -b], [-c, d]]); monotone operators, and
-matrices that are nearly monotone. Each is solved once with the default solver. From many random starts Picard steps,
-damped and not, and Newton steps then look for fixed points in float64; a certificate is false if one lies outside of a
-proven enclosure, or if two of them are found where something was proven.
+Families: subhomogeneous maps with nonnegative weights, normalised or not, some with negative injections; signed weights,
+plain, with bounded rows, and near the counterexamples with two fixed points (mutual inhibition, W = [[a, -b], [-c, d]]);
+monotone operators, and matrices that are nearly monotone. Each is solved once with the default solver. From many random
+starts Picard steps, damped and not, and Newton steps then look for fixed points in float64; a certificate is false if
+one lies outside of a proven enclosure, or if two of them are found where something was proven.
 
     python benchmarks/uniqueness.py --maps 20000 --output benchmarks/results/uniqueness.json
 """
@@ -51,6 +51,9 @@ def random_map(family: str, generator: torch.Generator) -> tuple[Equilibrium, Te
     b = 10 ** draw(-2, 0.5) * torch.rand(1, n, generator=generator, dtype=torch.float64)
     if family in ("nonnegative", "normalised"):
         weight = scale * uniform
+        if draw(0, 1) < 0.3:
+            # The fixed point may then be negative.
+            b = b - 4 * draw(0, 1)
     elif family == "bounded":
         weight = BoundedRows(0.9)(normal)
         modules = [Inject(), Activate(pick(MONOTONE))]

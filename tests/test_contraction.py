@@ -533,3 +533,12 @@ def test_the_ball_counts_the_rounding_of_sums_that_cancel() -> None:
     assert gain(chain) < 1
     lower, upper = _ball(chain, torch.full((1, 2), 0.7, dtype=torch.float64))
     assert float((upper - lower).min()) > 1e-5
+
+
+def test_no_false_certificates_at_scale() -> None:
+    """A part of `make uniqueness`."""
+    import uniqueness
+
+    results = uniqueness.measure(210, seed=3)
+    assert sum(r.get("false certificates", 0) for r in results.values()) == 0
+    assert sum(r["several fixed points found"] for r in results.values()) > 5
