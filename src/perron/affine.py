@@ -110,6 +110,15 @@ class AffineStep(ABC):
         )
         return self if exact else None
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample has an A of its own: then `weights` have a batch dimension."""
+        return False
+
+    def select(self, index: Tensor) -> AffineStep:
+        """The step for these samples only."""
+        return self
+
     def channels(self) -> Tensor | None:
         """A's action on constants over space, (out, in), dense or CSR: its spectral radius bounds A's. None: unknown."""
         return None
@@ -330,6 +339,41 @@ class ConvolutionStep(AffineStep):
         at: tuple[Any, ...] = (slice(None), slice(None), *self.padding)
         tap = self.weights[0][at]
         return bool((tap.amax(1) > 0).all()) if tap.numel() else False
+
+
+@dataclass(frozen=True)
+class MaskStep(AffineStep):
+    """A is diagonal, with the entries 0 and `scale`; `weights` holds the diagonal of every sample, (batch, ...)."""
+
+    scale: float
+
+    @property
+    def terms(self) -> int:
+        return 1
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        (mask,) = self.weights
+        if v.shape != mask.shape:
+            # Broadcasting would give one sample the mask of another.
+            raise ValueError(f"a mask drawn for states of shape {tuple(mask.shape)} met one of {tuple(v.shape)}")
+        return v * mask
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        return self.apply(g, None)
+
+    def row_sums(self) -> Tensor:
+        # Of every mask, not of the one that was drawn.
+        return torch.full((), self.scale)
+
+    @property
+    def per_sample(self) -> bool:
+        return True
+
+    def select(self, index: Tensor) -> AffineStep:
+        return replace(self, weights=(self.weights[0][index],))
+
+    def positive(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron.activations import ACTIVATIONS, Activation, get_activation
-from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step
+from perron.affine import AFFINE_MODULES, AffineStep, MaskStep, Refusal, affine_step
 from perron.rounding import Rounding, gamma, unit_roundoff
 
-__all__ = ["Activate", "Chain", "Inject", "Linearization", "Map", "Normalize", "Opaque", "as_map", "trace"]
+__all__ = [
+    "Activate",
+    "Chain",
+    "Inject",
+    "Linearization",
+    "Map",
+    "Normalize",
+    "Opaque",
+    "VariationalDropout",
+    "as_map",
+    "trace",
+]
 
 Side = Literal["upper", "lower"]
 
@@ -89,6 +100,61 @@ class Normalize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, dim={self.dim}"
+
+
+class VariationalDropout(nn.Module):
+    """Dropout inside a cell: one mask per sample and solve, the same in every evaluation of f.
+
+    In training each entry of the state is zeroed with probability p and scaled by 1/(1 - p) otherwise; in evaluation
+    nothing happens. The mask is a nonnegative diagonal matrix, so that a cell keeps its structure, and what is proven of
+    it, under every mask. The layer around the cell draws the masks, shaped like its state.
+
+    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", NeurIPS 2016.
+
+    Args:
+        p: probability of a zero, in [0, 1).
+
+    Raises:
+        ValueError: p is out of range; or, in training, the state here has another shape than the injection.
+
+    >>> from perron.constraints import nonnegative
+    >>> from perron.nn import Equilibrium
+    >>> linear = nonnegative(nn.Linear(3, 3, bias=False))
+    >>> layer = Equilibrium(nn.Sequential(VariationalDropout(0.5), linear, Inject(), Activate("tanh")), injection="softplus")
+    >>> layer.solve(torch.randn(4, 3)).certified
+    True
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must be in [0, 1), got {p}")
+        self.p = p
+        self.mask: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.p > 0
+
+    @torch.no_grad()
+    def draw(self, like: Tensor) -> None:
+        """New masks, shaped like a batch of states."""
+        self.mask = torch.empty_like(like).bernoulli_(1 - self.p).div_(1 - self.p)
+
+    def step(self) -> MaskStep:
+        """The last masks; without entries before the first batch."""
+        mask = torch.empty(0) if self.mask is None else self.mask
+        return MaskStep((mask,), None, 1 / (1 - self.p))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.step()(v) if self.active else v
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mask belongs to a batch, not to the model.
+        return {**self.__dict__, "mask": None}
 
 
 def _is_known(activation: Activation) -> bool:
@@ -228,6 +294,15 @@ class Chain:
         return z
 
     @property
+    def per_sample(self) -> bool:
+        """Whether the matrices differ from sample to sample."""
+        return any(s.per_sample for s in self.affine)
+
+    def select(self, index: Tensor) -> Chain:
+        """The map of these samples."""
+        return Chain(_selected(self.steps, index)) if self.per_sample else self
+
+    @property
     def normalizes(self) -> bool:
         """Whether some step divides by a norm: then J is no product of diagonals and matrices."""
         return any(isinstance(s, NormalizeStep) for s in self.steps)
@@ -361,6 +436,10 @@ class Chain:
         return ChainLinearization(self.steps, tuple(shapes), tuple(diagonals))
 
 
+def _selected(steps: tuple[Step, ...], index: Tensor) -> tuple[Step, ...]:
+    return tuple(s.select(index) if isinstance(s, AffineStep) else s for s in steps)
+
+
 @dataclass(frozen=True)
 class ChainLinearization:
     """J = D_L A_L ... D_1 A_1 of a chain at a point."""
@@ -371,7 +450,8 @@ class ChainLinearization:
 
     def select(self, index: Tensor) -> ChainLinearization:
         """J of these samples only."""
-        return replace(self, diagonals=tuple(None if d is None else d[index] for d in self.diagonals))
+        diagonals = tuple(None if d is None else d[index] for d in self.diagonals)
+        return replace(self, steps=_selected(self.steps, index), diagonals=diagonals)
 
     @property
     def slope(self) -> Tensor:
@@ -417,6 +497,9 @@ class Opaque:
 
     def rebind(self, tensors: Sequence[Tensor]) -> Opaque:
         return replace(self, tensors=tuple(tensors))
+
+    def select(self, index: Tensor) -> Opaque:
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers to call the module with."""
@@ -482,6 +565,13 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
     if kind is Normalize:
         assert isinstance(module, Normalize)
         return [NormalizeStep(module.p, module.dim)]
+    if kind is VariationalDropout:
+        assert isinstance(module, VariationalDropout)
+        return [module.step()] if module.active else []
+    if issubclass(kind, nn.modules.dropout._DropoutNd):
+        if not module.training:
+            return []
+        raise Refusal(f"{path} is a {kind.__name__}, another map at every evaluation; use perron.nn.VariationalDropout")
     if kind is Activate:
         assert isinstance(module, Activate)
         if not _is_known(module.activation):

@@ -124,7 +124,9 @@ def _asymptotic_radius(chain: Chain) -> float:
         if isinstance(step, AffineStep) and step.weights:
             matrix = step.channels()
             if matrix is None:
-                raise Refusal("the spectral radius of a grouped or strided convolution is not bounded here")
+                raise Refusal(
+                    "the spectral radius of a grouped or strided convolution, or under dropout, is not bounded here"
+                )
             matrix = matrix.detach().double()
             if product is not None and matrix.shape[1] != product.shape[0]:
                 raise Refusal(f"steps of {product.shape[0]} and {matrix.shape[1]} features do not fit")

@@ -137,7 +137,8 @@ def _needed_scaling(miss: Tensor, at_zero: Tensor) -> Tensor:
 def prove_points(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding: Rounding) -> Enclosure:
     """`prove` with the evaluations of f at 0, p and q."""
     n = len(p)
-    f = chain(torch.cat([torch.zeros_like(p), p, q]), torch.cat([injection] * 3))
+    three = chain.select(torch.arange(n, device=p.device).repeat(3)) if chain.per_sample else chain
+    f = three(torch.cat([torch.zeros_like(p), p, q]), torch.cat([injection] * 3))
     return replace(prove(Evaluated(f[:n], p, f[n : 2 * n], q, f[2 * n :]), rounding), evaluations=3)
 
 

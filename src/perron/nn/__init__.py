@@ -1,11 +1,13 @@
 """Equilibrium layers, and the modules their cells are made of."""
 
-from perron.cells import Activate, Inject, Normalize
+from perron.cells import Activate, Inject, Normalize, VariationalDropout
+from perron.implicit import Phantom
+from perron.nn import penalties
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.graph import GraphEquilibrium
 from perron.nn.monotone import MonotoneLinear
 from perron.nn.ode import NeuralODE
-from perron.nn.plain import PlainLinear
+from perron.nn.plain import PlainConv2d, PlainLinear
 from perron.nn.positive_concave import (
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
@@ -29,6 +31,8 @@ __all__ = [
     "MonotoneLinear",
     "NeuralODE",
     "Normalize",
+    "Phantom",
+    "PlainConv2d",
     "PlainLinear",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
@@ -39,4 +43,6 @@ __all__ = [
     "SubhomogeneousConv2d",
     "SubhomogeneousConv3d",
     "SubhomogeneousLinear",
+    "VariationalDropout",
+    "penalties",
 ]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perron.cells import Chain, Opaque, as_map
+from perron.cells import Chain, Opaque, VariationalDropout, as_map
 from perron.certificates import Certificate, contracting, derive, either, refused
 from perron.enclosure import check_injection
-from perron.implicit import fixed_point
+from perron.implicit import Phantom, fixed_point
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
 
-__all__ = ["Equilibrium", "Injection", "positive_injection"]
+__all__ = ["Equilibrium", "Gradient", "Injection", "State", "positive_injection"]
 
 # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
 _fixed_point = torch.compiler.disable(fixed_point)
 
 Injection = Literal["softplus", "relu", "given", "free"]
+Gradient = Literal["implicit", "jacobian_free"] | Phantom
 
 SOFTPLUS_BETA = 5.0
 # softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points.
@@ -33,6 +35,21 @@ def positive_injection(b: Tensor, injection: Injection) -> Tensor:
     if injection == "softplus":
         return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
     return F.relu(b) if injection == "relu" else b
+
+
+@dataclass(frozen=True)
+class State:
+    """A fixed point as a layer computed it in a forward pass, with its derivatives: see `perron.nn.penalties`.
+
+    Attributes:
+        map: the cell.
+        injection: (batch, ...) b.
+        value: (batch, ...) z*.
+    """
+
+    map: Chain | Opaque
+    injection: Tensor
+    value: Tensor
 
 
 class Equilibrium(nn.Module):
@@ -49,6 +66,8 @@ class Equilibrium(nn.Module):
         solver: default `Auto()`.
         warm_start: 0, or how much of the moving average of fixed points is kept in a training step; solves then start
             from that average.
+        gradient: "implicit" (exact to the solver's tolerance, with a bound), "jacobian_free" or `Phantom(steps, damping)`:
+            cheaper, a descent direction at best, without a bound.
 
     Shape:
         input and output (batch, ...), floating point.
@@ -75,8 +94,11 @@ class Equilibrium(nn.Module):
         injection: Injection = "given",
         solver: Solver | None = None,
         warm_start: float = 0.0,
+        gradient: Gradient = "implicit",
     ) -> None:
         super().__init__()
+        if gradient not in ("implicit", "jacobian_free") and not isinstance(gradient, Phantom):
+            raise ValueError(f"gradient must be 'implicit', 'jacobian_free' or a Phantom, got {gradient!r}")
         if not 0 <= warm_start < 1:
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
         if injection not in ("softplus", "relu", "given", "free"):
@@ -86,6 +108,8 @@ class Equilibrium(nn.Module):
         self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
         self.warm_start = warm_start
+        self.gradient: Gradient = gradient
+        self._observers: list[Callable[[State], None]] = []
         # A guess, not a part of the model: it is neither saved nor does it change what is proven.
         self.register_buffer("mean", None, persistent=False)
 
@@ -102,11 +126,22 @@ class Equilibrium(nn.Module):
 
     def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
         """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
+        exact = self.gradient == "implicit"
         value, solution = _fixed_point(
-            map, b, self.solver, pose=self._pose, z0=self._guess(b, z0), on_adjoint=_Recorder(self)
+            map if exact else map.rebind([t.detach() for t in map.tensors]),
+            b if exact else b.detach(),
+            self.solver,
+            pose=self._pose,
+            z0=self._guess(b, z0),
+            on_adjoint=_Recorder(self),
         )
+        if not exact:
+            phantom = self.gradient if isinstance(self.gradient, Phantom) else Phantom(1, 1.0)
+            value = phantom.attach(map, b, value)
         self._count_batch(map, b, value)
         self._remember(solution)
+        for observe in self._observers:
+            observe(State(map, b, value))
         return value
 
     @torch.no_grad()
@@ -179,7 +214,12 @@ class Equilibrium(nn.Module):
     def _read(self, x: Tensor) -> tuple[Tensor, Chain | Opaque, torch.dtype]:
         """The injection, the map in the precision of the solve, and the layer's precision."""
         b = self.injected(x)
-        map, _ = as_map(self.cell)
+        dropout = [m for m in self.cell.modules() if isinstance(m, VariationalDropout) and m.active]
+        for module in dropout:
+            module.draw(b)
+        map, reason = as_map(self.cell)
+        if dropout and not isinstance(map, Chain):
+            raise ValueError(f"dropout in a cell needs one whose every step is known, and here {reason}")
         dtype = self._parameter_dtype() or b.dtype
         if dtype != b.dtype:
             map = map.rebind([t.to(b.dtype) for t in map.tensors])
@@ -223,8 +263,8 @@ class Equilibrium(nn.Module):
                 live(value.detach(), b.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        # The last Solution is for inspection only; copies and files do without it.
-        return {**self.__dict__, "last_solution": None}
+        # The last Solution is for inspection only; copies and files do without it, and nobody observes them.
+        return {**self.__dict__, "last_solution": None, "_observers": []}
 
     def extra_repr(self) -> str:
         return f"injection={self.injection!r}, solver={self.solver}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from perron.nn.equilibrium import Equilibrium, Injection
+from perron.nn.equilibrium import Equilibrium, Gradient, Injection
 from perron.solvers import Solver
 
 __all__ = ["InputMode", "Recurrent", "convolutional_maps", "linear_maps"]
@@ -61,6 +61,7 @@ class Recurrent(Equilibrium):
         mode: "inside" (b is made of affine(x)), "pre" (of the input itself) or "given" (the input is b).
         positivity: how b is made, see `Equilibrium`; in mode "given" only "free" has an effect.
         solver: default `Auto()`.
+        gradient: see `Equilibrium`; an attribute of every layer.
     """
 
     dims = 0
@@ -76,6 +77,7 @@ class Recurrent(Equilibrium):
         mode: InputMode,
         positivity: Injection,
         solver: Solver | None,
+        gradient: Gradient = "implicit",
     ) -> None:
         if mode not in ("inside", "pre", "given"):
             raise ValueError(f"injection must be 'inside', 'pre' or 'given', got {mode!r}")
@@ -84,7 +86,7 @@ class Recurrent(Equilibrium):
                 f"with injection={mode!r} the input is the injection: in_features={in_features} must equal {features}"
             )
         given = mode == "given" and positivity != "free"
-        super().__init__(cell, injection="given" if given else positivity, solver=solver)
+        super().__init__(cell, injection="given" if given else positivity, solver=solver, gradient=gradient)
         self.in_features, self.features, self.mode = in_features, features, mode
         self.input = affine if mode == "inside" else None
 

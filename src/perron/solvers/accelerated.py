@@ -246,7 +246,8 @@ class _Proving:
             return t if index is None else t[index]
 
         q = z + per_sample(self.orbit * rho, z) * (z - pick(self.low_point))
-        at_q = self.chain(q, pick(self.exact.injection))
+        chain = self.chain if index is None else self.chain.select(index)
+        at_q = chain(q, pick(self.exact.injection))
         trial = Evaluated(pick(self.at_zero), pick(self.low_point), pick(self.at_low_point), q, at_q)
         return prove(trial, self.rounding) if self.proving else observe(trial), at_q, q
 

@@ -43,7 +43,12 @@ class Aggregation:
     def possible(chain: Chain) -> bool:
         """Whether a chain has such a model, if it keeps the shape of its state."""
         activation = chain.last_activation
-        return chain.single and activation is not None and activation.derivative_of_value is not None
+        return (
+            chain.single
+            and not chain.per_sample
+            and activation is not None
+            and activation.derivative_of_value is not None
+        )
 
     def to(self, dtype: torch.dtype) -> Aggregation:
         return Aggregation(self.rows.to(dtype), self.columns.to(dtype), self.total.to(dtype), self.activation)

@@ -139,7 +139,7 @@ class FixedPointProblem:
         return "contracting" if known else "unknown"
 
     def select(self, index: Tensor) -> FixedPointProblem:
-        return replace(self, injection=self.injection[index])
+        return replace(self, map=self.map.select(index), injection=self.injection[index])
 
     def to(self, dtype: torch.dtype) -> FixedPointProblem:
         if self.injection.dtype == dtype:

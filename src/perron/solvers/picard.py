@@ -207,7 +207,7 @@ class _Enclosing:
         assert isinstance(problem.map, Chain)
         if not hard.numel():
             return found
-        around = prove_around(problem.map, problem.injection[hard], candidate[hard], attempts=4)
+        around = prove_around(problem.map.select(hard), problem.injection[hard], candidate[hard], attempts=4)
         lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
         old, new = found.proven[hard], around.proven
         both = per_sample(old & new, around.lower)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,9 +15,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from perron.certificates import spectral_radius_bound
 from perron.nn import Equilibrium
+from perron.nn.penalties import PENALTIES, State, observe
 from perron.solvers import IterativeSolver, Solution
 
-__all__ = ["Classifier", "equilibrium_layers", "spectral_radius"]
+__all__ = ["Classifier", "Penalty", "Schedule", "equilibrium_layers", "spectral_radius"]
+
+Penalty = Literal["jacobian", "residual_ratio", "picard_steps"]
+Schedule = Literal["one_cycle", "cosine"]
 
 # Of these an epoch has the largest value, not the mean; and training steps between two values on the progress line.
 _LARGEST, _SHOW_EVERY = ("error_bound", "adjoint_error_bound"), 10
@@ -40,9 +46,12 @@ class Classifier(L.LightningModule):
     Args:
         model: returns logits (batch, classes).
         classes: number of classes.
-        learning_rate: peak of the one-cycle schedule.
+        learning_rate: peak of the one-cycle schedule, or start of the cosine, which ends at 1e-6.
         weight_decay: of AdamW, on matrices and kernels; biases and normalisation go without.
         certify_training: prove the enclosures in training steps too; validation and test always do.
+        penalty: None, or a name in `perron.nn.penalties.PENALTIES`: its mean over every equilibrium layer's batch, summed
+            over layers, is added to the loss with `penalty_weight`.
+        schedule: of the learning rate, "one_cycle" or "cosine".
     """
 
     def __init__(
@@ -53,12 +62,21 @@ class Classifier(L.LightningModule):
         learning_rate: float = 5e-3,
         weight_decay: float = 1.5e-2,
         certify_training: bool = True,
+        penalty: Penalty | None = None,
+        penalty_weight: float = 0.1,
+        schedule: Schedule = "one_cycle",
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or weight_decay < 0:
+        if learning_rate <= 0 or weight_decay < 0 or penalty_weight < 0:
             raise ValueError(
-                f"learning_rate must be positive and weight_decay not negative, got {learning_rate}, {weight_decay}"
+                "learning_rate must be positive, weight_decay and penalty_weight not negative, got "
+                f"{learning_rate}, {weight_decay} and {penalty_weight}"
             )
+        if penalty is not None and penalty not in PENALTIES:
+            raise ValueError(f"unknown penalty {penalty!r}; choose one of {', '.join(PENALTIES)}")
+        if schedule not in ("one_cycle", "cosine"):
+            raise ValueError(f"schedule must be 'one_cycle' or 'cosine', got {schedule!r}")
+        self.penalty, self.penalty_weight, self.schedule = penalty, penalty_weight, schedule
         self.model = model
         self.learning_rate, self.weight_decay, self.certify_training = learning_rate, weight_decay, certify_training
         self.accuracy = nn.ModuleDict(
@@ -76,6 +94,8 @@ class Classifier(L.LightningModule):
                 layer.solver = replace(layer.solver, verify=dtype)
 
     def on_train_epoch_start(self) -> None:
+        # From (seed, epoch) alone: dropout and penalties of a resumed run draw the very same numbers.
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_003 + self.current_epoch)
         self._verify_in(torch.float64 if self.certify_training else None)
 
     def on_validation_epoch_start(self) -> None:
@@ -90,9 +110,15 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch
-        logits = self.model(x)
+        watch: AbstractContextManager[list[State]] = nullcontext([]) if self.penalty is None else observe(self.model)
+        with watch as states:
+            logits = self.model(x)
         loss = F.cross_entropy(logits, y)
         now = {"loss": loss.detach(), "acc": (logits.argmax(1) == y).float().mean(), **self._forward_facts()}
+        if self.penalty is not None and states:
+            extra = torch.stack([PENALTIES[self.penalty](s).mean() for s in states]).sum()
+            loss = loss + self.penalty_weight * extra
+            now["penalty"] = extra.detach()
         self._note(now, len(y), index)
         return loss
 
@@ -168,6 +194,10 @@ class Classifier(L.LightningModule):
             [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=self.learning_rate,
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=max(total, 2))
+        total = max(int(self.trainer.estimated_stepping_batches), 2)
+        schedule = (
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=total)
+            if self.schedule == "one_cycle"
+            else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=1e-6)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
