@@ -12,7 +12,7 @@ from perron.cells import Activate, Inject, trace
 from perron.constraints import MonotoneOperator, monotone_operator
 from perron.contraction import gain
 from perron.monotone import margin, monotonicity
-from perron.nn import Equilibrium, MonotoneLinear
+from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
 from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
 
 ACTIVATIONS = ["relu", "tanh", "softsign", "sigmoid", "arctan", "relu6", "identity"]
@@ -40,7 +40,7 @@ def exact(weight: Tensor, activation: str, b: Tensor) -> Tensor:
         half = 2 * z - u
         u, old = 2 * (half + b) @ inverse.t() - half, u
         z = sigma(u)
-        if float((u - old).abs().max()) < 1e-15:
+        if float((u - old).abs().max()) < 2e-15 * float(1 + u.abs().max()):
             break
     return z
 
@@ -227,3 +227,148 @@ def test_a_state_of_more_dimensions() -> None:
     rows = exact(weight, "tanh", b.reshape(12, 5)).reshape(3, 4, 5)
     assert (solution.lower <= rows + 1e-12).all()
     assert (rows - 1e-12 <= solution.upper).all()
+
+
+# -------------------------------------------------------------------------------------------------------- convolutions
+
+
+def convolution(scale: float = 1.0, **options) -> MonotoneConv2d:
+    torch.manual_seed(0)
+    cell = MonotoneConv2d(2, 3, dtype=torch.float64, **options)
+    with torch.no_grad():
+        cell.recurrent.a.mul_(scale)
+        cell.recurrent.b.mul_(scale)
+    return cell
+
+
+def as_matrix(cell: MonotoneConv2d, rows: int, columns: int) -> Tensor:
+    """W on all pixels and channels, column by column."""
+    size = cell.features * rows * columns
+    unit = torch.eye(size, dtype=torch.float64).view(size, cell.features, rows, columns)
+    return cell.recurrent(unit).detach().flatten(1).t()
+
+
+@pytest.mark.parametrize("size", [(5, 4), (1, 3), (2, 2)])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_the_convolution_as_a_matrix(size: tuple[int, int], kernel_size: int) -> None:
+    cell = convolution(2.0, kernel_size=kernel_size, margin=0.3)
+    weight = as_matrix(cell, *size)
+    chain = trace(cell.cell)
+    step = chain.steps[0].rebind([t.detach() for t in chain.tensors])
+    v = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(step.linear(v).flatten(1), v.flatten(1) @ weight.t())
+    torch.testing.assert_close(step.transpose(v, v.shape).flatten(1), v.flatten(1) @ weight)
+    torch.testing.assert_close(step.plainly().linear(v), step.linear(v))
+    # The margin is in the form; what bounds |W| does.
+    symmetric = torch.eye(len(weight), dtype=torch.float64) - (weight + weight.t()) / 2
+    assert float(torch.linalg.eigvalsh(symmetric)[0]) >= margin(chain) - 1e-12
+    assert margin(chain) == 0.3
+    units = torch.eye(len(weight), dtype=torch.float64).view(len(weight), 3, *size)
+    bound = step.magnitude().linear(units).flatten(1).t()
+    assert bool((bound >= weight.abs() - 1e-12).all())
+    assert float(step.row_sums()) >= float(weight.abs().sum(1).max()) - 1e-12
+    assert step.norm() >= float(torch.linalg.matrix_norm(weight, 2))
+    # On Fourier modes it is the same map.
+    image = torch.einsum("hwij,bjhw->bihw", step.frequencies(*size), torch.fft.rfft2(v))
+    torch.testing.assert_close(torch.fft.irfft2(image, s=size), step.linear(v))
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["relu", "tanh", "sigmoid"]), st.sampled_from([0.3, 1.0, 2.0]))
+def test_enclosures_of_convolutions_hold(seed: int, activation: str, scale: float) -> None:
+    cell = convolution(scale, activation=activation, margin=0.3, injection="inside")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        cell.recurrent.a.mul_(torch.randn(cell.recurrent.a.shape, generator=generator, dtype=torch.float64))
+    for dtype in (torch.float32, torch.float64):
+        cell = cell.to(dtype)
+        cell.solver = Auto(max_steps=3000, on_failure="ignore")
+        x = 2 * torch.randn(2, 2, 4, 5, generator=generator).to(dtype)
+        solution = cell.solve(x)
+        assert solution.certified
+        assert solution.converged.all()
+        b = cell.injected(x).detach().double()
+        weight = as_matrix(cell.double(), 4, 5)
+        truth = exact(weight, activation, b.flatten(1)).view(b.shape)
+        assert bool((solution.lower.double() <= truth + 1e-12).all())
+        assert bool((truth <= solution.upper.double() + 1e-12).all())
+
+
+def test_gradients_of_convolutions() -> None:
+    cell = convolution(1.5, activation="tanh", margin=0.3, injection="inside", solver=Auto(tol=1e-9, max_steps=500))
+    assert gain(trace(cell.cell)) > 2
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (x,), eps=1e-6, atol=1e-6)
+    v = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    names, parameters = zip(*cell.named_parameters(), strict=True)
+    ours = torch.autograd.grad(cell(x), parameters, v)
+    for parameter, gradient in zip(parameters, ours, strict=True):
+        where = gradient.abs().argmax()
+        flat = parameter.data.view(-1)
+        ends = []
+        for step in (1e-6, -2e-6):
+            flat[where] += step
+            ends.append(float((cell(x).detach() * v).sum()))
+        flat[where] += 1e-6
+        assert float(gradient.flatten()[where]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5), names
+    tangent = torch.func.jvp(cell, (x,), (torch.ones_like(x),))[1]
+    wanted = (cell(x + 1e-6) - cell(x - 1e-6)) / 2e-6
+    torch.testing.assert_close(tangent, wanted, rtol=1e-5, atol=1e-7)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["tanh", "sigmoid"]))
+def test_adjoint_bound_where_the_jacobian_is_large(seed: int, activation: str) -> None:
+    n = 2 + seed % 8
+    weight = random_weight(seed, n, 1.0, 0.3)
+    cell = layer(weight.float(), activation, solver=Auto(tol=1e-5, max_steps=4000, on_failure="ignore"))
+    b = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    v = torch.randn(3, n, generator=torch.Generator().manual_seed(seed + 1))
+    (found,) = torch.autograd.grad(cell(b), b, v)
+    report = cell.last_solution.adjoint
+    w = cell.cell[0].weight.detach().double()
+    z = exact(w, activation, b.detach().double())
+    slope = Activate(activation).activation.derivative(z @ w.t() + b.detach().double())
+    system = torch.eye(n, dtype=torch.float64) - slope.unsqueeze(2) * w
+    g = torch.linalg.solve(system.mT, v.double().unsqueeze(2)).squeeze(2)
+    # The gradient of b is D g; g itself is not returned, and D is at most 1.
+    apart = (found.double() - slope * g).norm(dim=1) / g.norm(dim=1)
+    assert report.error_bound.isfinite().all()
+    assert bool((apart <= report.error_bound * (1 + report.error_bound) + 1e-6).all())
+
+
+def test_splitting_solves_the_adjoint_of_wide_maps() -> None:
+    """Beyond the widths that are factorised, and where powers of J do not converge."""
+    n = 520
+    generator = torch.Generator().manual_seed(0)
+    a, b = 2 / n**0.5 * torch.randn(2, n, n, generator=generator, dtype=torch.float64)
+    weight = MonotoneOperator(0.2)(a, b)
+    cell = layer(weight, "tanh", solver=Auto(tol=1e-7, max_steps=500))
+    x = torch.randn(2, n, generator=generator, dtype=torch.float64, requires_grad=True)
+    z = cell(x)
+    v = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    (found,) = torch.autograd.grad(z, x, v)
+    slope = 1 - z.detach() ** 2
+    system = torch.eye(n, dtype=torch.float64) - slope.unsqueeze(2) * weight
+    assert float(torch.linalg.eigvals(torch.eye(n) - system[0]).abs().max()) > 1.5
+    g = torch.linalg.solve(system.mT, v.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(found, slope * g, rtol=1e-5, atol=1e-6)
+    assert cell.last_solution.adjoint.converged.all()
+
+
+def test_convolutions_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        MonotoneConv2d(2, 2, 4)
+    with pytest.raises(ValueError, match="margin"):
+        MonotoneConv2d(2, 2, margin=-1.0)
+    with pytest.raises(ValueError, match="slopes"):
+        MonotoneConv2d(2, 2, activation="erf")
+    cell = convolution()
+    # Nonnegative kernels make no nonnegative map.
+    with torch.no_grad():
+        cell.recurrent.a.abs_()
+        cell.recurrent.b.abs_()
+    cell = Equilibrium(nn.Sequential(cell.recurrent, Inject(), Activate("tanh")), injection="softplus")
+    assert cell.certificate().kind != "positive concave"
+    with torch.no_grad():
+        cell.cell[0].a[0, 0, 0, 0] = math.nan
+    assert not cell.certificate()
+    assert convolution()(torch.zeros(0, 2, 4, 4, dtype=torch.float64)).shape == (0, 3, 4, 4)

@@ -19,9 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron.rounding import gamma
-from perron.structured import DiagonalLowRank, SparseLinear, SparsePattern, sparse_product
+from perron.structured import (
+    DiagonalLowRank,
+    MonotoneConvolution2d,
+    SparseLinear,
+    SparsePattern,
+    sparse_product,
+    transposed_kernel,
+    wrap,
+)
 
-__all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "Refusal", "affine_step"]
+__all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "MonotoneConvolutionStep", "Refusal", "affine_step"]
 
 # Bytes of unfolded input that a plain convolution works on at a time: about a core's second-level cache.
 _PATCH_BYTES = 2**20
@@ -70,6 +78,19 @@ class AffineStep(ABC):
     def magnitude(self) -> AffineStep:
         """|A| v + |c|, or more."""
         return self.rebind([t.abs() for t in self.tensors])
+
+    @property
+    def signs(self) -> tuple[Tensor, ...] | None:
+        """Tensors such that A >= 0 if all of them are; None where A may have negative entries all the same."""
+        return self.weights
+
+    def margin(self) -> float:
+        """A rigorous lower bound on min v^T (I - A) v / |v|^2; -inf where none is known."""
+        return -math.inf
+
+    def norm(self) -> float:
+        """A bound on the Euclidean norm of A, as far as a step with a `margin` needs it."""
+        return math.inf
 
     def over(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of A v + c for lower <= v <= upper, rounding included: |A| acts on the radius. For float64, plain sums."""
@@ -148,6 +169,23 @@ class DenseStep(AffineStep):
 
     def row_sums(self) -> Tensor:
         return _largest(self.weight.sum(1))
+
+    def margin(self) -> float:
+        """From the eigenvalues of the symmetric part in float64, less a bound on their error.
+
+        The backward error of the decomposition is some u |S|, and n^2 covers what depends on the size (Higham 2002, ch.
+        20, with room).
+        """
+        weight = self.weight.detach().double()
+        n = len(weight)
+        if weight.dim() != 2 or weight.shape[1] != n or n == 0 or not bool(torch.isfinite(weight).all()):
+            return -math.inf
+        symmetric = torch.eye(n, dtype=torch.float64, device=weight.device) - (weight + weight.t()) / 2
+        least = float(torch.linalg.eigvalsh(symmetric)[0])
+        return least - (n * n + 16) * 2.0**-53 * float(symmetric.norm())
+
+    def norm(self) -> float:
+        return float(self.weight.detach().double().norm()) * (1 + gamma(self.weight.numel() + 8, torch.float64))
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         if v.dim() != 2:
@@ -342,6 +380,89 @@ class ConvolutionStep(AffineStep):
 
 
 @dataclass(frozen=True)
+class MonotoneConvolutionStep(AffineStep):
+    """A = (1 - m) I - K^T K + L - L^T with circular convolutions, `weights` their kernels (K, L).
+
+    Attributes:
+        m: the margin, which this form has for all kernels.
+        unfolded: whether the convolutions are evaluated as plain matrix products.
+        absolute: whether it stands for |1 - m| I + |K|^T |K| + |L| + |L|^T instead, which bounds |A|.
+    """
+
+    m: float
+    unfolded: bool = False
+    absolute: bool = False
+
+    @property
+    def terms(self) -> int:
+        return 3 * self.weights[0][:1].numel() + 8
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        return self._apply(v, 1)
+
+    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
+        return self._apply(g, -1)
+
+    def _apply(self, v: Tensor, sign: int) -> Tensor:
+        k, skew = self.weights[0], sign * self._skew()
+        symmetric = self._convolve(self._convolve(v, k), transposed_kernel(k))
+        if self.absolute:
+            return abs(1 - self.m) * v + symmetric + self._convolve(v, skew.abs())
+        return (1 - self.m) * v - symmetric + self._convolve(v, skew)
+
+    def _skew(self) -> Tensor:
+        other = transposed_kernel(self.weights[1])
+        return self.weights[1] + other if self.absolute else self.weights[1] - other
+
+    def _convolve(self, v: Tensor, kernel: Tensor) -> Tensor:
+        step = ConvolutionStep((kernel,), None, (1, 1), (0, 0), (1, 1), 1, self.unfolded)
+        return step.apply(wrap(v, kernel), None)
+
+    def magnitude(self) -> AffineStep:
+        return replace(self, weights=tuple(w.abs() for w in self.weights), absolute=True)
+
+    @property
+    def signs(self) -> None:
+        return None
+
+    def row_sums(self) -> Tensor:
+        k, other = (w.detach().abs().flatten(2).sum(2) for w in self.weights)
+        ones = k.new_ones(len(k))
+        return _largest(k.t() @ (k @ ones) + (other + other.t()) @ ones) + abs(1 - self.m)
+
+    def margin(self) -> float:
+        return self.m if all(bool(torch.isfinite(w).all()) for w in self.weights) else -math.inf
+
+    def norm(self) -> float:
+        # The bound of |A| is symmetric: its largest row sum bounds its norm.
+        exact = self.rebind([w.detach().double() for w in self.weights])
+        return float(exact.row_sums()) * (1 + gamma(self.terms + 8, torch.float64)) * (1 + 1e-12)
+
+    def frequencies(self, rows: int, columns: int) -> Tensor:
+        """A on every Fourier mode of real (rows, columns) images: (rows, columns // 2 + 1, features, features)."""
+        k, other = (self._on_modes(w, rows, columns) for w in self.weights)
+        eye = (1 - self.m) * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        return eye - k.mH @ k + other - other.mH
+
+    @staticmethod
+    def _on_modes(kernel: Tensor, rows: int, columns: int) -> Tensor:
+        height, width = kernel.shape[2:]
+        row = (height // 2 - torch.arange(height, device=kernel.device)) % rows
+        column = (width // 2 - torch.arange(width, device=kernel.device)) % columns
+        # On images smaller than the kernel several taps meet.
+        image = kernel.new_zeros(*kernel.shape[:2], rows * columns)
+        image.index_add_(2, (row[:, None] * columns + column).flatten(), kernel.flatten(2))
+        return torch.fft.rfft2(image.view(*kernel.shape[:2], rows, columns)).permute(2, 3, 0, 1)
+
+    def plainly(self) -> AffineStep | None:
+        if super().plainly() is None:
+            return None
+        if self.weights[0].device.type == "cpu":
+            return replace(self, unfolded=True)
+        return self if self.weights[0].dtype == torch.float64 else None
+
+
+@dataclass(frozen=True)
 class MaskStep(AffineStep):
     """A is diagonal, with the entries 0 and `scale`; `weights` holds the diagonal of every sample, (batch, ...)."""
 
@@ -430,6 +551,11 @@ def _convolution(module: nn.Module) -> AffineStep:
     return ConvolutionStep((module.weight,), module.bias, module.stride, padding, module.dilation, module.groups)
 
 
+def _monotone_convolution(module: nn.Module) -> AffineStep:
+    assert isinstance(module, MonotoneConvolution2d)
+    return MonotoneConvolutionStep((module.a, module.b), None, module.margin)
+
+
 def _average_pool(module: nn.Module) -> AffineStep:
     assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
     if getattr(module, "divisor_override", None) is not None:
@@ -446,6 +572,7 @@ AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
     nn.Linear: _linear,
     SparseLinear: _sparse,
     DiagonalLowRank: _diagonal_low_rank,
+    MonotoneConvolution2d: _monotone_convolution,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
@@ -456,5 +583,5 @@ AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
 
 
 def affine_step(module: nn.Module) -> AffineStep:
-    """A Linear, SparseLinear, DiagonalLowRank, Conv or AvgPool module as a step; its tensors stay attached."""
+    """A Linear, SparseLinear, DiagonalLowRank, convolution or AvgPool module as a step; its tensors stay attached."""
     return AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)

@@ -113,7 +113,10 @@ def degree(chain: Chain) -> float:
 
 def check_nonnegative(step: AffineStep) -> None:
     """Raise Refusal unless all tensors of the step are finite and nonnegative."""
-    for name, tensor in (*(("weight", w) for w in step.weights), ("bias", step.bias)):
+    signs = step.signs
+    if signs is None:
+        raise Refusal("an affine step has negative entries whatever its weights are")
+    for name, tensor in (*(("weight", w) for w in signs), ("bias", step.bias)):
         if tensor is None or tensor.numel() == 0:
             continue
         low, high = (float(t) for t in torch.aminmax(tensor.detach()))

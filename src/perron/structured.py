@@ -1,4 +1,4 @@
-"""Linear maps with structured weights: sparse (CSR), and diagonal plus low rank. Modules for use in a cell.
+"""Linear maps with structured weights: sparse (CSR), diagonal plus low rank, monotone convolutions. Modules for a cell.
 
 Their weights are ordinary parameters, so `perron.constraints.nonnegative` and optimisers treat them as any other.
 """
@@ -10,11 +10,12 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron._batch import VmapInfo, fold_vmap, refuse_nested_forward_mode
 
-__all__ = ["DiagonalLowRank", "SparseLinear", "SparsePattern"]
+__all__ = ["DiagonalLowRank", "MonotoneConvolution2d", "SparseLinear", "SparsePattern"]
 
 with warnings.catch_warnings():
     # torch announces once per process that CSR tensors are in beta; every use here is tested.
@@ -306,3 +307,72 @@ class DiagonalLowRank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def transposed_kernel(kernel: Tensor) -> Tensor:
+    """The kernel of A^T, where A is the circular convolution with `kernel`, (out, in, height, width), both odd."""
+    return kernel.transpose(0, 1).flip(2, 3)
+
+
+def wrap(v: Tensor, kernel: Tensor) -> Tensor:
+    """A (batch, channels, height, width) tensor, padded circularly so that a convolution keeps its size."""
+    rows, columns = (k // 2 for k in kernel.shape[2:])
+    return F.pad(v, (columns, columns, rows, rows), mode="circular")
+
+
+class MonotoneConvolution2d(nn.Module):
+    """W v = (1 - m) v - A^T A v + B v - B^T v with circular convolutions A and B: I - W has the margin m for all of them.
+
+    Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 (arXiv 2006.08591), section 4.
+
+    Args:
+        features: channels of input and output.
+        kernel_size: of A and B; odd.
+        margin: m, positive and finite.
+
+    Shape:
+        input and output (batch, features, height, width), each side at least (kernel_size - 1)/2; `a` and `b` (features,
+        features, kernel_size, kernel_size).
+
+    Raises:
+        ValueError: kernel_size is even or not positive, or the margin is out of range.
+
+    >>> MonotoneConvolution2d(4, 3)(torch.randn(2, 4, 5, 5)).shape
+    torch.Size([2, 4, 5, 5])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        kernel_size: int = 3,
+        *,
+        margin: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, so that the size is kept, got {kernel_size}")
+        if not 0 < margin < float("inf"):
+            raise ValueError(f"margin must be positive and finite, got {margin}")
+        self.features, self.kernel_size, self.margin = features, kernel_size, margin
+        shape = (features, features, kernel_size, kernel_size)
+        self.a = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A and B uniform as the weights of nn.Conv2d."""
+        bound = max(self.a[:1].numel(), 1) ** -0.5
+        for kernel in (self.a, self.b):
+            kernel.uniform_(-bound, bound)
+
+    def forward(self, v: Tensor) -> Tensor:
+        image = F.conv2d(wrap(v, self.a), self.a)
+        skew = self.b - transposed_kernel(self.b)
+        symmetric = F.conv2d(wrap(image, self.a), transposed_kernel(self.a))
+        return (1 - self.margin) * v - symmetric + F.conv2d(wrap(v, skew), skew)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, kernel_size={self.kernel_size}, margin={self.margin}"

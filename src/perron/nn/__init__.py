@@ -5,7 +5,7 @@ from perron.implicit import Phantom
 from perron.nn import penalties
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.graph import GraphEquilibrium
-from perron.nn.monotone import MonotoneLinear
+from perron.nn.monotone import MonotoneConv2d, MonotoneLinear
 from perron.nn.ode import NeuralODE
 from perron.nn.plain import PlainConv2d, PlainLinear
 from perron.nn.positive_concave import (
@@ -20,7 +20,7 @@ from perron.nn.subhomogeneous import (
     SubhomogeneousConv3d,
     SubhomogeneousLinear,
 )
-from perron.structured import DiagonalLowRank, SparseLinear
+from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
 
 __all__ = [
     "Activate",
@@ -28,6 +28,8 @@ __all__ = [
     "Equilibrium",
     "GraphEquilibrium",
     "Inject",
+    "MonotoneConv2d",
+    "MonotoneConvolution2d",
     "MonotoneLinear",
     "NeuralODE",
     "Normalize",

@@ -9,7 +9,8 @@ J any matrix between J(upper) and J(lower), c any candidate and g = J^T c + v,
 
     ||g - g*||_w <= (kappa ||g - c||_w + sum_i s_i |c_i|)/(1 - kappa),   s = (J(lower) - J(upper)) w.
 
-So the last product, in float64, both proves the candidate and improves on it.
+So the last product, in float64, both proves the candidate and improves on it. Monotone cells, whose J may be larger than 1,
+have a bound of their own (`_MonotoneProof`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from perron._batch import all_finite, amax, per_sample
 from perron.affine import AffineStep, DenseStep
 from perron.cells import Chain, ChainLinearization, Linearization, Map
 from perron.contraction import sensitivity, variation
+from perron.monotone import margin
 from perron.rounding import gamma, unit_roundoff
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import AdjointSolution, Solver, Structure, report_failure
-from perron.solvers.iteration import Found, Rule, iterate
+from perron.solvers.iteration import Found, Method, Rule, iterate
 from perron.solvers.mixing import Mixing
+from perron.solvers.splitting import linear_splitting_for
 
 __all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
 
@@ -37,6 +40,8 @@ _WINDOW = 5
 _POWER_STEPS, _GOOD = 6, 0.7
 # Widths up to which the linear equation of a cell that is not monotone in z is solved by factorisation.
 _DIRECT = 512
+# Residuals below so many units of roundoff are not asked for.
+_ROUNDING = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Sol
     jacobian = _linearized(map, z, injection, structure)
     problem = _Linear(jacobian, v, False)
     rule = Rule(solver.tol, None, False, solver.max_steps)
-    found = _iterate(problem, None, None, rule, _start(problem, structure))
+    found = _iterate(problem, None, None, rule, structure)
     converged = found.measure <= solver.tol
     report_failure("tangent", converged, found.measure, solver.tol, solver.max_steps, solver.on_failure)
     return found.value
@@ -153,20 +158,36 @@ def adjoint_in_steps(
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
     if bounds is None or structure == "unknown" or not isinstance(map, Chain):
-        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed), _start(problem, structure))
+        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed), structure)
         unknown = torch.full_like(found.measure, math.inf)
         solution = AdjointSolution(found.steps, found.measure, unknown, found.measure <= tol, False)
         return found.value, solution, found.measure
     proof = (_Proof if structure == "concave" else _SignedProof)(map, injection, bounds, model, fixed)
     contracts = proof.kappa < 1
-    margin = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
+    if structure == "contracting" and margin(map) > 0 and not bool(contracts.all()):
+        return _solve_monotone(problem, _MonotoneProof(map, injection, bounds), z, tol, steps)
+    room = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
     # Where no kappa was found the plain sum of entries serves to stop.
     weights = torch.where(per_sample(contracts, v), proof.weights.to(v.dtype), 1.0)
-    rule = Rule(0.5 * tol * margin, None, True, max(steps - 1, 1), fixed, weights=weights)
-    found = _iterate(problem, model, slope, rule, _start(problem, structure))
+    rule = Rule(0.5 * tol * room, None, True, max(steps - 1, 1), fixed, weights=weights)
+    found = _iterate(problem, model, slope, rule, structure)
     g, residual, bound = proof.finish(z, found.candidate, v)
-    measure = residual / margin
+    measure = residual / room
     return g, AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
+
+
+def _solve_monotone(
+    problem: _Linear, proof: _MonotoneProof, z: Tensor, tol: float, steps: int
+) -> tuple[Tensor, AdjointSolution, Tensor]:
+    assert isinstance(problem.jacobian, ChainLinearization)
+    g, taken = _direct(problem, problem.jacobian), torch.zeros(len(z), dtype=torch.long, device=z.device)
+    if g is None:
+        # The bound is so many times the residual; what rounding keeps these steps from is not asked of them.
+        goal = max(0.25 * tol / proof.amplification, _ROUNDING * unit_roundoff(z.dtype) * (1 + proof.norm))
+        found = _iterate(problem, None, None, Rule(goal, None, False, max(steps - 1, 1)), "contracting")
+        g, taken = found.value, found.steps
+    residual, bound = proof.judge(z, g, problem.v)
+    return g, AdjointSolution(taken + 1, residual, bound, residual <= tol, True), residual
 
 
 def _linearized(map: Map, z: Tensor, injection: Tensor, structure: Structure) -> Linearization:
@@ -175,26 +196,35 @@ def _linearized(map: Map, z: Tensor, injection: Tensor, structure: Structure) ->
     return map.linearize(z, injection) if found is None else found
 
 
-def _iterate(problem: _Linear, model: Aggregation | None, slope: Tensor | None, rule: Rule, start: Tensor) -> Found:
+def _iterate(
+    problem: _Linear, model: Aggregation | None, slope: Tensor | None, rule: Rule, structure: Structure
+) -> Found:
+    jacobian = problem.jacobian
     # An operator known only through automatic differentiation acts on the whole batch.
-    rule = replace(rule, compact=isinstance(problem.jacobian, ChainLinearization))
-    return iterate(problem, _Mixed(model, slope, Mixing(_WINDOW)), start, rule)
+    rule = replace(rule, compact=isinstance(jacobian, ChainLinearization))
+    method: Method = _Mixed(model, slope, Mixing(_WINDOW))
+    start = problem.v
+    if structure == "contracting" and isinstance(jacobian, ChainLinearization):
+        direct = _direct(problem, jacobian)
+        if direct is not None:
+            start = direct
+        else:
+            # Where J may be larger than 1 its powers do not converge.
+            method = linear_splitting_for(jacobian, problem.v, transposed=problem.transposed) or method
+    return iterate(problem, method, start, rule)
 
 
-def _start(problem: _Linear, structure: Structure) -> Tensor:
-    """v, or the solution itself where J = D W may be larger than 1 and small enough to factorise for every sample."""
-    jacobian, v = problem.jacobian, problem.v
-    if structure != "contracting" or not isinstance(jacobian, ChainLinearization) or v.dim() != 2:
-        return v
+def _direct(problem: _Linear, jacobian: ChainLinearization) -> Tensor | None:
+    """The solution itself where J = D W is small enough to factorise for every sample, else None."""
+    v = problem.v
     affine = [s for s in jacobian.steps if isinstance(s, AffineStep)]
     slopes = [d for d in jacobian.diagonals if d is not None]
-    if len(affine) != 1 or len(slopes) != 1 or not isinstance(affine[0], DenseStep) or v.shape[1] > _DIRECT:
-        return v
-    weight = affine[0].weight
     # Some sigma may come before W; only the order D W is dealt with here.
+    if v.dim() != 2 or v.shape[1] > _DIRECT or len(affine) != 1 or len(slopes) != 1:
+        return None
     if not isinstance(jacobian.steps[0], DenseStep):
-        return v
-    system = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - slopes[0].unsqueeze(2) * weight
+        return None
+    system = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - slopes[0].unsqueeze(2) * jacobian.steps[0].weight
     found, _ = torch.linalg.solve_ex(system.mT if problem.transposed else system, v.unsqueeze(2))
     return torch.where(per_sample(all_finite(found.squeeze(2)), v), found.squeeze(2), v)
 
@@ -295,6 +325,48 @@ class _SignedProof(_Proof):
         steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
         self.weights, _, self.kappa = _weights(steep, torch.ones_like(lower), self.rounding, fixed)
         self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
+
+
+class _MonotoneProof:
+    """A bound for cells sigma(W z + b) with I - W strongly monotone, however large J is; in the Euclidean norm.
+
+    With the residual r = W^T D* c + v - c at the exact slopes D*, e = g* - c solves e = W^T D* e + r. For y = D* e that
+    says m |y|^2 <= <(I - W^T) y, y> + <(1/D* - 1) y, y> = <r, y>, hence |e| <= (1 + |W|/m) |r|.
+    """
+
+    def __init__(self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor]) -> None:
+        plain = chain.to(torch.float64).plainly()
+        assert plain is not None
+        self.exact, self.injection = plain, injection.double()
+        lower, upper = (t.double() for t in bounds)
+        steep, smallest, _ = sensitivity(plain, self.injection, lower, upper)
+        assert smallest[-1] is not None
+        self.steepest, self.flattest = steep.slope, smallest[-1]
+        step = plain.steps[0]
+        assert isinstance(step, AffineStep)
+        self.step, self.norm = step, step.norm()
+        self.amplification = (1 + self.norm / margin(plain)) * (1 + 1e-12)
+
+    def judge(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch,) the relative residual of a candidate, and the bound on |candidate - g*| / |candidate|."""
+        c, v = candidate.double(), v.double()
+        slope = self.exact.linearize_steps(z.double(), self.injection).slope
+        summed = self.step.magnitude().transpose(slope * c.abs(), c.shape) + v.abs() + c.abs()
+        r = self.step.transpose(slope * c, c.shape) + v - c
+        # Any slope will do: what it is away from the exact one is bounded over the whole enclosure.
+        away = torch.maximum(self.steepest - slope, slope - self.flattest).clamp_min(0) * c.abs()
+        rounding = 2 * gamma(self.step.terms + 8, c.dtype)
+        size, norms = _euclidean(c), 1 + gamma(c[:1].numel() + 16, c.dtype)
+        total = _euclidean(r) + rounding * _euclidean(summed) + self.norm * _euclidean(away) + 1e-290
+        bound = self.amplification * total / size * norms**2
+        relative = torch.where(size > 0, _euclidean(r) / size, _euclidean(r))
+        bound = torch.where((size == 0) & (_euclidean(v) == 0), 0.0, bound)
+        return relative.to(candidate.dtype), torch.where(all_finite(c) & bound.isfinite(), bound, math.inf)
+
+
+def _euclidean(t: Tensor) -> Tensor:
+    """(batch,) Euclidean norm of every sample."""
+    return t.flatten(1).norm(dim=1)
 
 
 def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:

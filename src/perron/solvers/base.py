@@ -45,7 +45,8 @@ class AdjointSolution:
         steps: (batch,) products with J^T.
         residual: (batch,) weighted norm of the residual, relative to that of g.
         error_bound: (batch,) bound on the weighted norm of the error of g against the adjoint at the exact fixed point,
-            relative to that of g; inf where nothing is proven.
+            relative to that of g; for monotone cells whose Jacobian may be larger than 1, on the Euclidean norm; inf
+            where nothing is proven.
         converged: (batch,) whether the tolerance was reached.
         bounded: whether bounds of the error were sought, rounding included.
     """

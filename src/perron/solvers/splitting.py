@@ -1,70 +1,97 @@
-"""Operator splitting for cells sigma(W z + b) with I - W strongly monotone.
+"""Operator splitting for cells sigma(W z + b) with I - W strongly monotone, and for the linear equations at their fixed points.
 
 Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 (arXiv 2006.08591), section 3. Peaceman and
 Rachford's method with step 1, where the resolvent of the nonlinear part is sigma itself, serves every such activation;
-it converges linearly for every positive margin. One factorisation of 2 I - W serves all steps and samples. The auxiliary
-variable u, whose image sigma(u) is z, is mixed after Anderson; where its residual grows instead, a plain step is taken.
+it converges linearly for every positive margin. One factorisation of 2 I - W serves all steps and samples: of the matrix,
+or of what a circular convolution does to each Fourier mode. The auxiliary variable u, whose image sigma(u) is z, is mixed
+after Anderson; where its residual grows instead, a plain step is taken.
+
+With D = diag(sigma') at the fixed point, 0 <= D <= 1, the linear equations have the same form. The adjoint g = W^T D g + v
+is u of the map y = D (W^T y + v); the tangent w = D W w + v is y + v with y = D (W y + W v).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perron._batch import per_sample
-from perron.affine import DenseStep
-from perron.cells import ActivationStep, Chain, InjectStep
+from perron.affine import AffineStep, DenseStep, MonotoneConvolutionStep
+from perron.cells import ActivationStep, Chain, ChainLinearization
 from perron.monotone import margin
 from perron.solvers.base import FixedPointProblem
 from perron.solvers.mixing import Mixing
 
-__all__ = ["Splitting", "splitting_for"]
+__all__ = ["LinearSplitting", "Splitting", "linear_splitting_for", "splitting_for"]
 
 # Of the mixing; and how far the residual may grow over the least one.
 _WINDOW, _TRUST = 5, 1.0
 
 
-class Splitting:
-    """Peaceman and Rachford's steps as a method of `perron.solvers.iteration`.
+def _resolvent(step: AffineStep, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
+    """r -> (2 I - W)^{-1} r, or with W^T for W, for states like this one."""
+    if isinstance(step, MonotoneConvolutionStep):
+        modes = step.frequencies(*state.shape[2:])
+        inverse = torch.linalg.inv(2 * torch.eye(modes.shape[-1], dtype=modes.dtype, device=modes.device) - modes)
+        inverse = inverse.mH if transposed else inverse
+
+        def solve_modes(r: Tensor) -> Tensor:
+            image = torch.einsum("hwij,bjhw->bihw", inverse, torch.fft.rfft2(r))
+            return torch.fft.irfft2(image, s=r.shape[2:])
+
+        return solve_modes
+    assert isinstance(step, DenseStep)
+    weight = step.weight.t() if transposed else step.weight
+    eye = torch.eye(len(weight), dtype=state.dtype, device=state.device)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(2 * eye - weight)
+
+    def solve_rows(r: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(factors, pivots, r.flatten(0, -2).t()).t().reshape(r.shape)
+
+    return solve_rows
+
+
+class _PeacemanRachford(ABC):
+    """The steps as a method of `perron.solvers.iteration`.
 
     Args:
-        problem: its map is a chain sigma(W z + b), W dense.
+        offset: (batch, ...) what W z is added to.
+        resolvent: of `_resolvent`.
     """
 
     products, trust = 0, math.inf
 
-    def __init__(self, problem: FixedPointProblem) -> None:
-        chain = problem.map
-        assert isinstance(chain, Chain)
-        affine, inject, activation = chain.steps
-        assert isinstance(affine, DenseStep)
-        assert isinstance(inject, InjectStep)
-        assert isinstance(activation, ActivationStep)
-        self.activation, self.weight = activation, affine.weight.detach()
-        offset = problem.injection if affine.bias is None else problem.injection + affine.bias
-        eye = torch.eye(len(affine.weight), dtype=offset.dtype, device=offset.device)
-        factors, pivots, _ = torch.linalg.lu_factor_ex(2 * eye - affine.weight.detach())
-        self.factors: tuple[Tensor, Tensor] = (factors, pivots)
-        self.offset = offset
+    def __init__(self, offset: Tensor, resolvent: Callable[[Tensor], Tensor]) -> None:
+        self.offset, self.resolvent = offset, resolvent
         self.mixing = Mixing(_WINDOW)
         # u, and per sample the best plain step so far with its residual.
         self.auxiliary: Tensor | None = None
         self.best, self.least = offset, offset.new_full((len(offset),), math.inf)
 
+    @abstractmethod
+    def image(self, u: Tensor) -> Tensor:
+        """The resolvent of the other part: sigma(u), or D u."""
+
+    @abstractmethod
+    def begin(self, z: Tensor) -> Tensor:
+        """u for an iterate z, exact at the fixed point."""
+
+    def iterate(self, u: Tensor) -> Tensor:
+        """The iterate for a u."""
+        return self.image(u)
+
     def _plain(self, u: Tensor) -> Tensor:
         """One step of the method, a contraction in u."""
-        half = 2 * self.activation(u) - u
-        rows = (half + self.offset).flatten(0, -2)
-        solved = torch.linalg.lu_solve(*self.factors, rows.t()).t()
-        return 2 * solved.reshape(half.shape) - half
+        half = 2 * self.image(u) - u
+        return 2 * self.resolvent(half + self.offset) - half
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        # At the fixed point u = W z + b.
-        u = (F.linear(z, self.weight) + self.offset) if self.auxiliary is None else self.auxiliary
+        u = self.begin(z) if self.auxiliary is None else self.auxiliary
         new = self._plain(u)
         size = (new - u).flatten(1).norm(dim=1)
         grown = size > _TRUST * self.least
@@ -74,9 +101,9 @@ class Splitting:
         mixed = self.mixing(u, new - u)
         self.mixing.forget(grown)
         self.auxiliary = torch.where(per_sample(grown, u), self.best, mixed)
-        return self.activation(self.auxiliary)
+        return self.iterate(self.auxiliary)
 
-    def select(self, index: Tensor) -> Splitting:
+    def select(self, index: Tensor) -> _PeacemanRachford:
         new = copy(self)
         new.offset, new.best, new.least = self.offset[index], self.best[index], self.least[index]
         new.auxiliary = None if self.auxiliary is None else self.auxiliary[index]
@@ -84,7 +111,64 @@ class Splitting:
         return new
 
     def forget(self, mask: Tensor) -> None:
-        pass
+        """The steps remember only what is their own."""
+        return
+
+
+class Splitting(_PeacemanRachford):
+    """For z = sigma(W z + b).
+
+    Args:
+        problem: its map is a chain sigma(W z + b), W dense or a monotone convolution.
+    """
+
+    def __init__(self, problem: FixedPointProblem) -> None:
+        chain = problem.map
+        assert isinstance(chain, Chain)
+        affine, _, activation = chain.steps
+        assert isinstance(affine, AffineStep)
+        assert isinstance(activation, ActivationStep)
+        self.activation = activation
+        self.step = affine.rebind([t.detach() for t in affine.tensors])
+        offset = problem.injection if affine.bias is None else problem.injection + affine.bias
+        super().__init__(offset, _resolvent(self.step, offset))
+
+    def image(self, u: Tensor) -> Tensor:
+        return self.activation(u)
+
+    def begin(self, z: Tensor) -> Tensor:
+        return self.step.linear(z) + self.offset
+
+
+class LinearSplitting(_PeacemanRachford):
+    """For g = W^T D g + v or w = D W w + v.
+
+    Args:
+        jacobian: D W at a fixed point of such a chain.
+        v: (batch, ...) the right-hand side.
+        transposed: whether the first equation is meant.
+    """
+
+    def __init__(self, jacobian: ChainLinearization, v: Tensor, transposed: bool) -> None:
+        step = jacobian.steps[0]
+        assert isinstance(step, AffineStep)
+        self.step, self.slope, self.v, self.transposed = step, jacobian.slope, v, transposed
+        super().__init__(v if transposed else step.linear(v), _resolvent(step, v, transposed=transposed))
+
+    def image(self, u: Tensor) -> Tensor:
+        return self.slope * u
+
+    def begin(self, z: Tensor) -> Tensor:
+        return z if self.transposed else self.step.linear(z)
+
+    def iterate(self, u: Tensor) -> Tensor:
+        return u if self.transposed else self.slope * u + self.v
+
+    def select(self, index: Tensor) -> _PeacemanRachford:
+        new = super().select(index)
+        assert isinstance(new, LinearSplitting)
+        new.slope, new.v = self.slope[index], self.v[index]
+        return new
 
 
 def splitting_for(problem: FixedPointProblem) -> Splitting | None:
@@ -92,4 +176,11 @@ def splitting_for(problem: FixedPointProblem) -> Splitting | None:
     chain = problem.map
     if problem.contracts and isinstance(chain, Chain) and problem.injection.numel() and margin(chain) > 0:
         return Splitting(problem)
+    return None
+
+
+def linear_splitting_for(jacobian: ChainLinearization, v: Tensor, *, transposed: bool) -> LinearSplitting | None:
+    """The method where J is that of a monotone cell, else None."""
+    if v.numel() and margin(Chain(jacobian.steps)) > 0:
+        return LinearSplitting(jacobian, v, transposed)
     return None
