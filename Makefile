@@ -23,6 +23,7 @@ test: lint
 	$(BIN)/pytest
 
 slow: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tune]'
 	$(BIN)/pytest -m slow
 
 format: .venv/installed

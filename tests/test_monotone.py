@@ -14,6 +14,7 @@ from perron.contraction import gain
 from perron.monotone import margin, monotonicity
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
 from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from perron.solvers.adjoint import _MonotoneProof
 
 ACTIVATIONS = ["relu", "tanh", "softsign", "sigmoid", "arctan", "relu6", "identity"]
 
@@ -315,24 +316,46 @@ def test_gradients_of_convolutions() -> None:
     torch.testing.assert_close(tangent, wanted, rtol=1e-5, atol=1e-7)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["tanh", "sigmoid"]))
-def test_adjoint_bound_where_the_jacobian_is_large(seed: int, activation: str) -> None:
-    n = 2 + seed % 8
+def adjoint(weight: Tensor, activation: str, z: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """g = W^T D g + v at the fixed point z."""
+    slope = Activate(activation).activation.derivative(z @ weight.t() + b)
+    system = torch.eye(len(weight), dtype=torch.float64) - slope.unsqueeze(2) * weight
+    return torch.linalg.solve(system.mT, v.unsqueeze(2)).squeeze(2)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["tanh", "sigmoid"]), st.sampled_from([0.0, 1e-3, 0.3]))
+def test_adjoint_bound_of_any_candidate_and_any_enclosure(seed: int, activation: str, width: float) -> None:
+    n = 1 + seed % 8
     weight = random_weight(seed, n, 1.0, 0.3)
-    cell = layer(weight.float(), activation, solver=Auto(tol=1e-5, max_steps=4000, on_failure="ignore"))
-    b = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    v = torch.randn(3, n, generator=torch.Generator().manual_seed(seed + 1))
-    (found,) = torch.autograd.grad(cell(b), b, v)
-    report = cell.last_solution.adjoint
-    w = cell.cell[0].weight.detach().double()
-    z = exact(w, activation, b.detach().double())
-    slope = Activate(activation).activation.derivative(z @ w.t() + b.detach().double())
-    system = torch.eye(n, dtype=torch.float64) - slope.unsqueeze(2) * w
-    g = torch.linalg.solve(system.mT, v.double().unsqueeze(2)).squeeze(2)
-    # The gradient of b is D g; g itself is not returned, and D is at most 1.
-    apart = (found.double() - slope * g).norm(dim=1) / g.norm(dim=1)
-    assert report.error_bound.isfinite().all()
-    assert bool((apart <= report.error_bound * (1 + report.error_bound) + 1e-6).all())
+    generator = torch.Generator().manual_seed(seed)
+    b, v, far = torch.randn(3, 3, n, generator=generator, dtype=torch.float64)
+    chain = trace(layer(weight, activation).cell).rebind([weight])
+    truth = exact(weight, activation, b)
+    g = adjoint(weight, activation, truth, b, v)
+    ends = truth - width * torch.rand(3, n, generator=generator, dtype=torch.float64), truth + width
+    proof = _MonotoneProof(chain, b, (ends[0] - 1e-13, ends[1] + 1e-13))
+    for z in (*ends, truth):
+        for candidate in (g + 1e-3 * far, far, adjoint(weight, activation, z, b, v)):
+            _, bound = proof.judge(z, candidate, v)
+            apart = (candidate - g).norm(dim=1) / candidate.norm(dim=1)
+            assert bool((apart <= bound + 1e-12).all())
+
+
+def test_adjoint_bound_in_closed_form() -> None:
+    """sigma = identity, W = 1 - m: the error is |r|/m, and 1 + |W|/m is 1/m."""
+    chain = trace(layer(torch.full((1, 1), 0.9, dtype=torch.float64), "identity").cell)
+    b, v, c = torch.ones(1, 1).double(), torch.ones(1, 1).double(), torch.full((1, 1), 9.0).double()
+    _, bound = _MonotoneProof(chain, b, (b - 1, b + 1)).judge(b, c, v)
+    assert 1 / 9 <= float(bound) <= 1 / 9 * (1 + 1e-9)
+
+
+def test_gradients_come_with_a_bound_where_the_jacobian_is_large() -> None:
+    weight = random_weight(1, 6, 1.0, 0.3)
+    assert float(torch.linalg.eigvals(weight).abs().max()) > 2
+    cell = layer(weight.float(), "tanh", solver=Auto(tol=1e-5, max_steps=4000))
+    b = torch.randn(3, 6, requires_grad=True)
+    cell(b).sum().backward()
+    assert bool((cell.last_solution.adjoint.error_bound < 0.1).all())
 
 
 def test_splitting_solves_the_adjoint_of_wide_maps() -> None:

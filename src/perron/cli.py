@@ -66,14 +66,18 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "train implicit models and their rivals at equal numbers of parameters; writes a table and a page"
     sub = commands.add_parser("compare", help=text, description=text)
     sub.add_argument(
-        "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10"
+        "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10, svhn"
     )
+    sub.add_argument("--network", default="linear", help="linear (default) or conv")
     sub.add_argument("--models", help="names, separated by commas (default all): see perron.models.CORES")
     sub.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
     sub.add_argument("--epochs", type=int, default=5, help="of training (default 5)")
     sub.add_argument("--parameters", type=int, default=77_000, help="of every network (default 77000)")
     sub.add_argument("--prove-training", action="store_true", help="prove enclosures in training steps too")
+    sub.add_argument("--penalty", help="jacobian, residual_ratio or picard_steps: see perron.nn.penalties")
+    sub.add_argument("--penalty-weight", type=float, default=0.1, help="of that penalty (default %(default)s)")
     sub.add_argument("--limit", type=int, help="use only so many training images")
+    sub.add_argument("--ray", action="store_true", help="spread the runs over processes or machines by Ray Tune")
     sub.add_argument("--budget", type=float, help="stop after so many seconds; the same command then goes on")
     sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
@@ -99,17 +103,19 @@ def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from perron.models import CORES
     from perron.training.compare import Settings, compare
 
-    cores = arguments.models.split(",") if arguments.models else list(CORES)
     settings = Settings(
         arguments.target,
         arguments.parameters,
         arguments.epochs,
         prove_training=arguments.prove_training,
         limit=arguments.limit,
+        network=arguments.network,
+        penalty=arguments.penalty,
+        penalty_weight=arguments.penalty_weight,
     )
+    cores = arguments.models.split(",") if arguments.models else list(settings.cores)
     return compare(
         cores,
         arguments.seeds,
@@ -117,6 +123,7 @@ def _compare(arguments: argparse.Namespace) -> str:
         arguments.runs,
         data_dir=arguments.data_dir,
         budget=arguments.budget,
+        ray=arguments.ray,
         write=lambda line: print(line, flush=True),
     )
 

@@ -1,14 +1,24 @@
 import pytest
 import torch
 
-from perron.models import CORES, RivalNet, matched_width, parameter_count
+from perron import certify
+from perron.models import (
+    CONVOLUTIONAL_CORES,
+    CORES,
+    RivalConvNet,
+    RivalNet,
+    SubhomogeneousConvNet,
+    SubhomogeneousLinearNet,
+    matched_width,
+    parameter_count,
+)
 from perron.nn import Equilibrium, NeuralODE, PlainLinear, PositiveConcaveLinear
 
 
 @pytest.mark.parametrize("core", list(CORES))
 def test_every_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
     torch.manual_seed(0)
-    width = matched_width(core, 5000, 64, 10)
+    width = matched_width(lambda w: RivalNet(core, 64, 10, width=w), 5000)
     net = RivalNet(core, 64, 10, width=width)
     assert abs(parameter_count(net) - 5000) <= 150
     x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
@@ -17,6 +27,41 @@ def test_every_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
     layers = [m for m in net.modules() if isinstance(m, Equilibrium)]
     assert len(layers) == (core not in ("node", "anode", "explicit", "no-equilibrium"))
     assert all(m.last_solution.converged.all() for m in layers)
+
+
+@pytest.mark.parametrize("core", list(CONVOLUTIONAL_CORES))
+def test_every_convolutional_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
+    torch.manual_seed(0)
+    width = matched_width(lambda w: RivalConvNet(core, 1, 10, widths=[w], image_size=8), 2500)
+    net = RivalConvNet(core, 1, 10, widths=[width], image_size=8)
+    assert abs(parameter_count(net) - 2500) <= 300
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    layers = [m for m in net.modules() if isinstance(m, Equilibrium)]
+    assert len(layers) == (core not in ("explicit", "no-equilibrium"))
+    assert all(m.last_solution.converged.all() for m in layers)
+    several = RivalConvNet(core, 3, 5, widths=[3, 4], image_size=8)
+    assert several(torch.rand(2, 3, 8, 8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("weights", ["signed", "nonnegative", "signed_bounded"])
+def test_reference_subhomogeneous_networks(weights: str) -> None:
+    torch.manual_seed(0)
+    linear = SubhomogeneousLinearNet(weights=weights)
+    # 784 x 87 + 87 x 87 weights and what stands around them: the paper's size.
+    assert parameter_count(linear) == 76_918
+    conv = SubhomogeneousConvNet(width=4, image_size=12, weights=weights)
+    assert linear(torch.rand(4, 1, 28, 28)).shape == conv(torch.rand(4, 1, 12, 12)).shape == (4, 10)
+    assert bool(certify(linear)) == bool(certify(conv)) == (weights != "signed")
+    if weights != "signed_bounded":
+        normalized = SubhomogeneousConvNet(
+            width=4, image_size=12, activation="tanh+1.603", normalize=float("inf"), weights=weights
+        )
+        normalized(torch.rand(4, 1, 12, 12)).sum().backward()
+        assert bool(certify(normalized)) == (weights == "nonnegative")
+    with pytest.raises(ValueError, match="windows"):
+        SubhomogeneousConvNet(image_size=4)
 
 
 def test_the_twin_without_equilibrium_is_the_layer_with_zero_weights() -> None:

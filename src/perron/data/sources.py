@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CLASSES", "DataError", "read_cifar10", "read_digits", "read_fashion_mnist", "read_mnist"]
+__all__ = ["CLASSES", "DataError", "read_cifar10", "read_digits", "read_fashion_mnist", "read_mnist", "read_svhn"]
 
 Split = Literal["train", "test"]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -39,6 +39,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "bag",
         "ankle boot",
     ),
+    "svhn": _DIGIT_CLASSES,
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
 
@@ -49,6 +50,7 @@ _IDX_FILES = {
 _HELP = {
     "mnist": "the four IDX files of yann.lecun.com/exdb/mnist (mirror: ossci-datasets.s3.amazonaws.com/mnist)",
     "fashion-mnist": "the four IDX files of github.com/zalandoresearch/fashion-mnist",
+    "svhn": "train_32x32.mat and test_32x32.mat of ufldl.stanford.edu/housenumbers",
     "cifar10": "cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, unpacked to cifar-10-batches-py, "
     "or a zip of class folders named cifar10-jpeg.zip (train/CLASS/NNNN.jpg, test/CLASS/NNNN.jpg)",
 }
@@ -189,3 +191,34 @@ def _read_cifar_zip(path: Path, split: Split) -> Arrays:
     except (zipfile.BadZipFile, OSError, zlib.error, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged at {member or 'its directory'} ({error}). {_get('cifar10')}") from error
     return images, labels
+
+
+_SVHN_COUNTS = {"train": 73_257, "test": 26_032}
+
+
+def read_svhn(folder: Path | None, split: Split) -> Arrays:
+    """SVHN's cropped digits from their MATLAB files; the digit 0 is labelled 10 there."""
+    if folder is None:
+        raise DataError(f"svhn is not embedded. {_get('svhn')}")
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError("reading MATLAB files needs scipy: pip install perron[train]") from error
+    name = f"{split}_32x32.mat"
+    path = next((p for p in (folder / name, folder / "svhn" / name) if p.is_file()), None)
+    if path is None:
+        raise DataError(f"missing {name} in {folder} and {folder / 'svhn'}. {_get('svhn')}")
+    try:
+        content = loadmat(path)
+        images, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
+    except Exception as error:
+        # A damaged file can raise anything.
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {_get('svhn')}") from error
+    count = _SVHN_COUNTS[split]
+    known = len(labels) > 0 and labels.min() >= 0 and labels.max() <= 10
+    if images.shape != (32, 32, 3, count) or images.dtype != np.uint8 or len(labels) != count or not known:
+        raise DataError(
+            f"{path} holds {images.dtype} images of shape {images.shape} and {len(labels)} labels, expected uint8 "
+            f"(32, 32, 3, {count}) and digits 1 to 10. {_get('svhn')}"
+        )
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels % 10

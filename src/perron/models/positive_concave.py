@@ -7,7 +7,7 @@ classifier (to 4x4) is our choice: the paper does not give it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from perron.constraints import Method
 from perron.nn import PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Auto
 
-__all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet"]
+__all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet", "convolutional_blocks"]
 
 
 class Network(nn.Sequential):
@@ -111,34 +111,48 @@ class PositiveConcaveConvNet(Network):
         tol: float = 1e-4,
         max_steps: int = 200,
     ) -> None:
-        size = image_size
-        for _ in widths[1:]:
-            size = (size + 1) // 2
-        if not widths or size < 4:
-            raise ValueError(
-                f"{len(widths)} blocks on images of side {image_size} leave {size} pixels; at least 4 are needed"
+        def core(width: int) -> nn.Module:
+            return PositiveConcaveConv2d(
+                width,
+                width,
+                activation=activation,
+                injection="pre",
+                constraint=constraint,
+                weight_norm=weight_norm,
+                initial_radius=initial_radius,
+                solver=Auto(tol=tol, max_steps=max_steps),
             )
-        blocks: list[nn.Module] = []
-        for number, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False)):
-            blocks += [
-                nn.Conv2d(before, width, 3, stride=1 if number == 0 else 2, padding=1),
-                nn.BatchNorm2d(width),
-                PositiveConcaveConv2d(
-                    width,
-                    width,
-                    activation=activation,
-                    injection="pre",
-                    constraint=constraint,
-                    weight_norm=weight_norm,
-                    initial_radius=initial_radius,
-                    solver=Auto(tol=tol, max_steps=max_steps),
-                ),
-                nn.MaxPool2d(3, stride=1, padding=1),
-                nn.BatchNorm2d(width),
-            ]
-        pool = size // 4
-        side = size // pool
-        super().__init__(*blocks, nn.AvgPool2d(pool), nn.Flatten(), nn.Linear(widths[-1] * side * side, classes))
+
+        super().__init__(*convolutional_blocks(core, in_channels, classes, widths, image_size))
+
+
+def convolutional_blocks(
+    core: Callable[[int], nn.Module], in_channels: int, classes: int, widths: Sequence[int], image_size: int
+) -> list[nn.Module]:
+    """The modules of such a network around a core that keeps (batch, width, height, width): a function of the width.
+
+    Raises:
+        ValueError: no widths, or images too small for that many blocks.
+    """
+    size = image_size
+    for _ in widths[1:]:
+        size = (size + 1) // 2
+    if not widths or size < 4:
+        raise ValueError(
+            f"{len(widths)} blocks on images of side {image_size} leave {size} pixels; at least 4 are needed"
+        )
+    blocks: list[nn.Module] = []
+    for number, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False)):
+        blocks += [
+            nn.Conv2d(before, width, 3, stride=1 if number == 0 else 2, padding=1),
+            nn.BatchNorm2d(width),
+            core(width),
+            nn.MaxPool2d(3, stride=1, padding=1),
+            nn.BatchNorm2d(width),
+        ]
+    pool = size // 4
+    side = size // pool
+    return [*blocks, nn.AvgPool2d(pool), nn.Flatten(), nn.Linear(widths[-1] * side * side, classes)]
 
 
 PRESETS: dict[str, tuple[type[nn.Module], dict[str, object]]] = {

@@ -1,24 +1,34 @@
 """One network, many cores: implicit layers and what they are to be compared with, at equal numbers of parameters.
 
-Flatten, Linear, BatchNorm, core, BatchNorm, Linear, as in Gabor et al. (ICML 2024); only the core differs. Two of them
-have no equilibrium: "explicit" applies tanh twice, and "no-equilibrium" is pcDEQ-1 with W = 0, which shows what the
-equilibrium itself is worth.
+Flatten, Linear, BatchNorm, core, BatchNorm, Linear, or the convolutional blocks, as in Gabor et al. (ICML 2024); only the
+core differs. Two of them have no equilibrium: "explicit" applies tanh twice, and "no-equilibrium" is pcDEQ-1 with W = 0,
+which shows what the equilibrium itself is worth.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from perron.models.positive_concave import Network
-from perron.nn import MonotoneLinear, PlainLinear, PositiveConcaveLinear, SubhomogeneousLinear
+from perron.models.positive_concave import Network, convolutional_blocks
+from perron.nn import (
+    MonotoneConv2d,
+    MonotoneLinear,
+    Phantom,
+    PlainConv2d,
+    PlainLinear,
+    PositiveConcaveConv2d,
+    PositiveConcaveLinear,
+    SubhomogeneousConv2d,
+    SubhomogeneousLinear,
+)
 from perron.nn.equilibrium import Injection, positive_injection
 from perron.nn.ode import NeuralODE
 from perron.solvers import Auto, Solver
 
-__all__ = ["CORES", "RivalNet", "matched_width", "parameter_count"]
+__all__ = ["CONVOLUTIONAL_CORES", "CORES", "RivalConvNet", "RivalNet", "matched_width", "parameter_count"]
 
 
 class InjectOnly(nn.Module):
@@ -64,12 +74,40 @@ CORES: dict[str, Callable[[int], nn.Module]] = {
     ),
     "mondeq": lambda w: MonotoneLinear(w, w, injection="pre", solver=_solver()),
     "deq": lambda w: PlainLinear(w, w, injection="pre", solver=_solver()),
+    "deq-jacobian-free": lambda w: PlainLinear(w, w, injection="pre", solver=_solver(), gradient="jacobian_free"),
+    "deq-phantom": lambda w: PlainLinear(w, w, injection="pre", solver=_solver(), gradient=Phantom()),
     "node": lambda w: NeuralODE(w),
     "anode": lambda w: NeuralODE(w, augment=max(w // 8, 1)),
     "explicit": _explicit,
     "no-equilibrium": lambda w: InjectOnly(),
 }
 """What may stand in the middle of `RivalNet`, by name: a function of the width."""
+
+
+def _concave_convolution(activation: str) -> Callable[[int], nn.Module]:
+    return lambda w: PositiveConcaveConv2d(w, w, activation=activation, injection="pre", solver=_solver())
+
+
+def _explicit_convolution(width: int) -> nn.Module:
+    return nn.Sequential(nn.Tanh(), nn.Conv2d(width, width, 3, padding=1, bias=False), nn.Tanh())
+
+
+CONVOLUTIONAL_CORES: dict[str, Callable[[int], nn.Module]] = {
+    "pcdeq1-tanh": _concave_convolution("tanh"),
+    "pcdeq1-softsign": _concave_convolution("softsign"),
+    "pcdeq1-relu6": _concave_convolution("relu6"),
+    "pcdeq2-sigmoid": _concave_convolution("sigmoid"),
+    "subdeq-nonnegative": lambda w: SubhomogeneousConv2d(
+        w, w, normalize=math.inf, normalize_dim=1, injection="pre", solver=_solver()
+    ),
+    "subdeq-bounded": lambda w: SubhomogeneousConv2d(w, w, weights="signed_bounded", injection="pre", solver=_solver()),
+    "subdeq-signed": lambda w: SubhomogeneousConv2d(w, w, weights="signed", injection="pre", solver=_solver()),
+    "mondeq": lambda w: MonotoneConv2d(w, w, injection="pre", solver=_solver()),
+    "deq": lambda w: PlainConv2d(w, w, injection="pre", solver=_solver()),
+    "explicit": _explicit_convolution,
+    "no-equilibrium": lambda w: InjectOnly(),
+}
+"""The same for `RivalConvNet`: kernels of 3x3."""
 
 
 class RivalNet(Network):
@@ -93,8 +131,7 @@ class RivalNet(Network):
     """
 
     def __init__(self, core: str, in_features: int = 784, classes: int = 10, *, width: int = 80) -> None:
-        if core not in CORES:
-            raise ValueError(f"unknown core {core!r}; choose one of {', '.join(CORES)}")
+        _check_core(core, CORES)
         super().__init__(
             nn.Flatten(),
             nn.Linear(in_features, width),
@@ -105,16 +142,55 @@ class RivalNet(Network):
         )
 
 
+class RivalConvNet(Network):
+    """The convolutional blocks of `perron.models.PositiveConcaveConvNet`, around a core for every block.
+
+    Args:
+        core: a name in `CONVOLUTIONAL_CORES`.
+        in_channels: of the images.
+        classes: number of logits.
+        widths: channels of each block.
+        image_size: side of the square images.
+
+    Shape:
+        input (batch, in_channels, image_size, image_size), output (batch, classes).
+
+    Raises:
+        ValueError: the core is unknown; no widths, or images too small for that many blocks.
+
+    >>> import torch
+    >>> RivalConvNet("mondeq", widths=[4], image_size=8)(torch.randn(3, 1, 8, 8)).shape
+    torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        core: str,
+        in_channels: int = 1,
+        classes: int = 10,
+        *,
+        widths: Sequence[int] = (82,),
+        image_size: int = 28,
+    ) -> None:
+        _check_core(core, CONVOLUTIONAL_CORES)
+        super().__init__(*convolutional_blocks(CONVOLUTIONAL_CORES[core], in_channels, classes, widths, image_size))
+
+
+def _check_core(core: str, known: dict[str, Callable[[int], nn.Module]]) -> None:
+    if core not in known:
+        raise ValueError(f"unknown core {core!r}; choose one of {', '.join(known)}")
+
+
 def parameter_count(module: nn.Module) -> int:
     """Trainable numbers in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def matched_width(core: str, parameters: int, in_features: int, classes: int) -> int:
-    """The width at which `RivalNet` with this core has the number of parameters nearest to the one asked for."""
+def matched_width(build: Callable[[int], nn.Module], parameters: int) -> int:
+    """The width at which `build(width)` has the number of parameters nearest to the one asked for."""
 
     def count(width: int) -> int:
-        return parameter_count(RivalNet(core, in_features, classes, width=width))
+        return parameter_count(build(width))
 
     low, high = 1, 2
     while count(high) < parameters:

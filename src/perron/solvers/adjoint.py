@@ -183,8 +183,9 @@ def _solve_monotone(
     g, taken = _direct(problem, problem.jacobian), torch.zeros(len(z), dtype=torch.long, device=z.device)
     if g is None:
         # The bound is so many times the residual; what rounding keeps these steps from is not asked of them.
-        goal = max(0.25 * tol / proof.amplification, _ROUNDING * unit_roundoff(z.dtype) * (1 + proof.norm))
-        found = _iterate(problem, None, None, Rule(goal, None, False, max(steps - 1, 1)), "contracting")
+        goal = max(0.25 * tol / proof.amplification, _ROUNDING * unit_roundoff(z.dtype))
+        rule = Rule(goal, None, False, max(steps - 1, 1), patient=True)
+        found = _iterate(problem, None, None, rule, "contracting")
         g, taken = found.value, found.steps
     residual, bound = proof.judge(z, g, problem.v)
     return g, AdjointSolution(taken + 1, residual, bound, residual <= tol, True), residual

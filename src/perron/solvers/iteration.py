@@ -23,6 +23,8 @@ __all__ = ["Found", "Method", "Plain", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.04, 1.0), 8
+# Steps without a smaller residual after which rounding must be what keeps a sample from its goal.
+_STANDSTILL = 16
 # A candidate should be this much closer than the goal: a proof that fails costs more than a step.
 _MARGIN = 2
 
@@ -93,7 +95,7 @@ class Rule:
         fixed: take all of them, and never look.
         weights: (batch, ...) or None: measure sum_i w_i |residual_i| / sum_i w_i |f(z)_i| instead.
         compact: let samples that are done leave the batch.
-        patient: do not give up on slow samples before the limit.
+        patient: do not give up on slow samples, only on those that have stood still for some steps.
     """
 
     tol: float | Tensor
@@ -194,6 +196,7 @@ class _Loop:
         self.least = self.measure
         self.rate = torch.ones_like(self.measure)
         self.steps = torch.zeros(batch, dtype=torch.long, device=z.device)
+        self.still = torch.zeros(batch, dtype=z.dtype, device=z.device)
         self.plain = torch.ones(batch, dtype=torch.bool, device=z.device)
         self.candidate = z
         self.next_look = 1
@@ -219,6 +222,8 @@ class _Loop:
             candidate = torch.where(mask, self.best, candidate)
             fz = torch.where(mask, self.best, fz)
             self.method.forget(back)
+        if self.rule.patient:
+            self.still = torch.where(measure < self.least, 0.0, self.still + 1)
         self.best, self.least, self.plain = fz, torch.minimum(measure, self.least), back
         self.candidate = candidate
         self.steps = self.steps + 1 + self.method.products
@@ -229,7 +234,8 @@ class _Loop:
         floor = self.rule.floor(self.fz) if self.rule.ahead else torch.zeros_like(self.measure)
         # One transfer; what follows is the host's arithmetic. Comparisons with NaN are false: nobody waits for such a
         # sample, nor for one that rounding keeps from the goal.
-        measure, rate, floor, tol = torch.stack([self.measure, self.rate, floor, tol.to(floor)]).double().cpu().numpy()
+        facts = torch.stack([self.measure, self.rate, floor, tol.to(floor), self.still])
+        measure, rate, floor, tol, still = facts.double().cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.rule.ahead:
                 measure = 2 * measure * rate + floor
@@ -238,8 +244,8 @@ class _Loop:
                     running &= measure * rate ** (self.rule.limit - k) <= tol
             else:
                 running = measure > tol
-            # Who has diverged will not come back.
-            running &= np.isfinite(measure)
+            # Who has diverged will not come back, and who stands still (only counted if `patient`) will not move.
+            running &= np.isfinite(measure) & (still < _STANDSTILL)
             count = running.sum()
             if count == 0:
                 return True
@@ -258,7 +264,7 @@ class _Loop:
             self.method.select(keep),
             self.rule.select(keep),
         )
-        for name in ("z", "fz", "best", "measure", "least", "rate", "steps", "plain", "candidate"):
+        for name in ("z", "fz", "best", "measure", "least", "rate", "steps", "still", "plain", "candidate"):
             setattr(self, name, getattr(self, name)[keep])
 
     def _store(self) -> None:

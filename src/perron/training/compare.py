@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import math
+import os
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,23 @@ import perron
 from perron.certificates import Certificate, certify
 from perron.data import ImageData
 from perron.data.modules import DATA_MODULES
-from perron.models.rivals import CORES, RivalNet, matched_width, parameter_count
+from perron.models.rivals import (
+    CONVOLUTIONAL_CORES,
+    CORES,
+    RivalConvNet,
+    RivalNet,
+    matched_width,
+    parameter_count,
+)
 from perron.nn import NeuralODE
+from perron.nn.penalties import PENALTIES
 from perron.report.comparison import text_table, write_comparison
 from perron.training.callbacks import EpochLines
 from perron.training.evaluation import evaluate
-from perron.training.module import Classifier, equilibrium_layers
+from perron.training.module import Classifier, Penalty, equilibrium_layers
 from perron.training.run import UsageError, ignore_known_warnings
 
-__all__ = ["Settings", "compare", "peak_memory"]
+__all__ = ["Run", "Settings", "compare", "peak_memory"]
 
 # A depth is enough if its accuracy is within this of the full solve's.
 _DEPTH_MARGIN = 1e-3
@@ -49,6 +60,8 @@ class Settings:
         epochs, batch_size, learning_rate, weight_decay: of training; AdamW with a one-cycle schedule.
         prove_training: prove enclosures in training steps too; the test does in any case.
         limit: use only so many training images.
+        network: "linear" or "conv", what the core stands in: `perron.models.RivalNet` or `RivalConvNet` of one block.
+        penalty, penalty_weight: see `perron.training.module.Classifier`.
     """
 
     data: str = "digits"
@@ -59,12 +72,54 @@ class Settings:
     weight_decay: float = 1.5e-2
     prove_training: bool = False
     limit: int | None = None
+    network: str = "linear"
+    penalty: Penalty | None = None
+    penalty_weight: float = 0.1
+
+    @property
+    def cores(self) -> dict[str, Callable[[int], nn.Module]]:
+        """The cores this kind of network takes."""
+        return CORES if self.network == "linear" else CONVOLUTIONAL_CORES
+
+    @property
+    def folder(self) -> str:
+        """The name of the results: runs of one name can be compared."""
+        parts = [self.data, *(["conv"] if self.network == "conv" else []), f"{self.epochs}-epochs"]
+        parts.append(f"{self.parameters}-parameters")
+        if self.penalty is not None:
+            parts.append(f"{self.penalty}-{self.penalty_weight:g}")
+        return "-".join(parts)
+
+    def build(self, core: str, data: ImageData, width: int) -> nn.Module:
+        """The network of this width around a core."""
+        channels, side, _ = data.image_shape
+        if self.network == "linear":
+            return RivalNet(core, math.prod(data.image_shape), len(data.classes), width=width)
+        return RivalConvNet(core, channels, len(data.classes), widths=[width], image_size=side)
+
+    def check(self, cores: Sequence[str], seeds: int) -> None:
+        """Raise UsageError if something is unknown or out of range."""
+        if self.network not in ("linear", "conv"):
+            raise UsageError(f"unknown network {self.network!r}; choose linear or conv")
+        unknown = [c for c in cores if c not in self.cores]
+        if unknown or not cores:
+            raise UsageError(f"unknown model {', '.join(unknown) or '(none)'}; choose among {', '.join(self.cores)}")
+        if self.data not in DATA_MODULES:
+            raise UsageError(f"unknown data {self.data!r}; choose one of {', '.join(DATA_MODULES)}")
+        if seeds < 1 or self.epochs < 1 or self.parameters < 1:
+            raise UsageError("seeds, epochs and parameters must be at least 1")
+        if self.penalty is not None and self.penalty not in PENALTIES:
+            raise UsageError(f"unknown penalty {self.penalty!r}; choose one of {', '.join(PENALTIES)}")
+        if self.penalty_weight < 0:
+            raise UsageError(f"the weight of a penalty must not be negative, got {self.penalty_weight}")
 
 
 def peak_memory(run: Callable[[], Any]) -> float:
     """Most MiB of CPU tensors that are alive at once during a run, beyond those before it."""
     run()
     gc.collect()
+    # Else the profiler announces its beginning and its end.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -129,88 +184,116 @@ def compare(
     *,
     data_dir: str | None = None,
     budget: float | None = None,
+    ray: bool = False,
     write: Callable[[str], None] = print,
 ) -> str:
     """Train every core with every seed that has no result yet; write the page and return the table.
 
     Args:
-        cores: names in `perron.models.rivals.CORES`.
+        cores: names in `settings.cores`.
         seeds: how many seeds, from 0; they draw the initial weights, the split of the data is the same for all.
         settings: common to all.
-        root: folder of all runs; results go to compare/<data>-<epochs>-epochs-<parameters>-parameters in it.
+        root: folder of all runs; results go to compare/<settings.folder> in it.
         data_dir: folder of the data files.
         budget: stop after so many seconds; what is unfinished then goes on at the next call.
+        ray: spread the runs over processes, or over the machines of a Ray cluster that share `root`, by Ray Tune.
         write: takes a line of progress.
 
     Raises:
-        UsageError: an unknown core or data set, numbers out of range, or settings other than those of earlier results.
+        UsageError: an unknown core or data set, numbers out of range, settings other than those of earlier results, or
+            no Ray.
     """
-    unknown = [c for c in cores if c not in CORES]
-    if unknown or not cores:
-        raise UsageError(f"unknown model {', '.join(unknown) or '(none)'}; choose among {', '.join(CORES)}")
-    if settings.data not in DATA_MODULES:
-        raise UsageError(f"unknown data {settings.data!r}; choose one of {', '.join(DATA_MODULES)}")
-    if seeds < 1 or settings.epochs < 1 or settings.parameters < 1:
-        raise UsageError("seeds, epochs and parameters must be at least 1")
-    folder = root / "compare" / f"{settings.data}-{settings.epochs}-epochs-{settings.parameters}-parameters"
+    settings.check(cores, seeds)
+    folder = (root / "compare" / settings.folder).resolve()
     _keep_settings(folder, settings)
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    end = None if budget is None else time.monotonic() + budget
-    total, number = seeds * len(cores), 0
-    for seed in range(seeds):
-        for core in cores:
-            number += 1
-            path = folder / f"{core}-seed-{seed}.json"
-            label = f"[{number}/{total}] {core}, seed {seed}"
-            if path.is_file():
-                write(f"{label}: kept from {path}")
-                continue
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                write(f"{label}: left out, the budget is spent; the same command goes on here")
-                continue
-            result = _train(core, seed, settings, folder, data_dir, left, _Prefixed(label, write))
-            if result is None:
-                write(f"{label}: interrupted by the budget; the same command goes on here")
-            else:
-                path.write_text(json.dumps(result, indent=1) + "\n")
+    end = None if budget is None else time.time() + budget
+    runs: list[Run] = []
+    for seed, core in itertools.product(range(seeds), cores):
+        run = Run(core, seed, settings, folder, data_dir, end, f"[{len(runs) + 1}/{seeds * len(cores)}]")
+        runs.append(run)
+        if run.result.is_file():
+            write(f"{run.label}: kept from {run.result}")
+    left = [r for r in runs if not r.result.is_file()]
+    if ray and left:
+        from perron.training.distribute import spread
+
+        spread(left, write)
+    else:
+        for run in left:
+            run(write)
     return _report(folder, settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One core with one seed: a call trains it, from its last checkpoint on, and writes its result.
+
+    Attributes:
+        core, seed, settings, folder, data_dir: see `compare`.
+        end: seconds since the epoch at which the budget is spent, or None.
+        number: of the run, in words.
+    """
+
+    core: str
+    seed: int
+    settings: Settings
+    folder: Path
+    data_dir: str | None
+    end: float | None
+    number: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.core}-seed-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.number} {self.core}, seed {self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def __call__(self, write: Callable[[str], None]) -> None:
+        for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        seconds = None if self.end is None else self.end - time.time()
+        if seconds is not None and seconds <= 0:
+            write(f"{self.label}: left out, the budget is spent; the same command goes on here")
+            return
+        found = _train(self, seconds, _Prefixed(self.label, write))
+        if found is None:
+            write(f"{self.label}: interrupted by the budget; the same command goes on here")
+        else:
+            self.result.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _keep_settings(folder: Path, settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if path.is_file() and json.loads(path.read_text()) != asdict(settings):
+    if path.is_file() and {**asdict(Settings()), **json.loads(path.read_text())} != asdict(settings):
         raise UsageError(
             f"{folder} holds results with other settings ({path}); name another --runs folder, or delete this one"
         )
     path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
 
 
-def _train(
-    core: str,
-    seed: int,
-    settings: Settings,
-    folder: Path,
-    data_dir: str | None,
-    seconds: float | None,
-    write: Callable[[str], None],
-) -> dict[str, Any] | None:
+def _train(run: Run, seconds: float | None, write: Callable[[str], None]) -> dict[str, Any] | None:
     """The result of one run, from its last checkpoint on; None if the time was not enough."""
-    data = DATA_MODULES[settings.data](data_dir=data_dir, batch_size=settings.batch_size, limit=settings.limit)
-    pixels = math.prod(data.image_shape)
-    classes = len(data.classes)
-    width = matched_width(core, settings.parameters, pixels, classes)
-    L.seed_everything(seed, verbose=False)
+    settings, folder = run.settings, run.folder
+    data = DATA_MODULES[settings.data](data_dir=run.data_dir, batch_size=settings.batch_size, limit=settings.limit)
+    width = matched_width(partial(settings.build, run.core, data), settings.parameters)
+    L.seed_everything(run.seed, verbose=False)
     module = Classifier(
-        RivalNet(core, pixels, classes, width=width),
-        classes=classes,
+        settings.build(run.core, data, width),
+        classes=len(data.classes),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         certify_training=settings.prove_training,
+        penalty=settings.penalty,
+        penalty_weight=settings.penalty_weight,
     )
-    checkpoints = folder / "checkpoints" / f"{core}-seed-{seed}"
+    checkpoints = folder / "checkpoints" / run.name
     clock = _Clock()
     trainer = L.Trainer(
         max_epochs=settings.epochs,
@@ -236,7 +319,7 @@ def _train(
         raise KeyboardInterrupt
     if trainer.current_epoch < settings.epochs:
         return None
-    return {"core": core, "seed": seed, "width": width, **_measure(module, data, trainer, clock)}
+    return {"core": run.core, "seed": run.seed, "width": width, **_measure(module, data, trainer, clock)}
 
 
 def _measure(module: Classifier, data: ImageData, trainer: L.Trainer, clock: _Clock) -> dict[str, Any]:
@@ -253,16 +336,14 @@ def _measure(module: Classifier, data: ImageData, trainer: L.Trainer, clock: _Cl
     model.train()
     memory = peak_memory(step) if module.device.type == "cpu" else None
     evaluation = evaluate(model, data.test_dataloader(), len(data.classes))
-    core = model[3]  # type: ignore[index]
+    flow = next((m for m in model.modules() if isinstance(m, NeuralODE)), None)
     layers = evaluation["layers"].values()
     bounds = [b for layer in layers for b in layer["error_bound"]]
     return {
         "accuracy": evaluation["accuracy"],
         "validation accuracy": facts.get("val_acc"),
         "parameters": parameter_count(model),
-        "forward steps": float(core.evaluations)
-        if isinstance(core, NeuralODE)
-        else facts.get("train_forward_steps_epoch"),
+        "forward steps": facts.get("train_forward_steps_epoch") if flow is None else float(flow.evaluations),
         "backward steps": facts.get("train_backward_steps_epoch"),
         "seconds per epoch": statistics.median(clock.seconds),
         "peak MiB": memory,
@@ -294,7 +375,7 @@ def _report(folder: Path, settings: Settings) -> str:
     results = [json.loads(p.read_text()) for p in sorted(folder.glob("*-seed-*.json"))]
     if not results:
         return "no model is finished yet"
-    order = list(CORES)
+    order = list(settings.cores)
     results.sort(key=lambda r: (order.index(r["core"]), r["seed"]))
     page = write_comparison(folder / "comparison.html", results, asdict(settings))
     return f"{text_table(results)}\npage: {page}"
