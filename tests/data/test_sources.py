@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perron.data import CIFAR10, MNIST, DataError, Digits, FashionMNIST
-from perron.data.sources import CLASSES, read_cifar10, read_digits, read_fashion_mnist, read_mnist
+from perron.data import CIFAR10, MNIST, SVHN, DataError, Digits, FashionMNIST
+from perron.data.sources import CLASSES, read_cifar10, read_digits, read_fashion_mnist, read_mnist, read_svhn
 
 SHARED = Path(os.environ.get("PERRON_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -117,3 +117,49 @@ def test_real_files() -> None:
         assert abs(float(x.std()) - 1) < 0.01
         assert len(data.splits["test"]) == 10_000
     assert CIFAR10.image_shape == (3, 32, 32)
+
+
+def svhn(folder: Path, monkeypatch, **changes: np.ndarray) -> None:
+    """A small file of SVHN's form."""
+    from scipy.io import savemat
+
+    monkeypatch.setattr("perron.data.sources._SVHN_COUNTS", {"train": 5, "test": 5})
+    images = np.arange(32 * 32 * 3 * 5).reshape(32, 32, 3, 5).astype(np.uint8)
+    labels = np.array([[10], [1], [2], [9], [10]], np.uint8)
+    folder.mkdir(exist_ok=True)
+    savemat(folder / "train_32x32.mat", {"X": images, "y": labels, **changes})
+
+
+def test_svhn_is_read_and_checked(tmp_path, monkeypatch) -> None:
+    svhn(tmp_path / "svhn", monkeypatch)
+    images, labels = read_svhn(tmp_path, "train")
+    assert images.shape == (5, 3, 32, 32)
+    assert images.flags.c_contiguous
+    assert labels.tolist() == [0, 1, 2, 9, 0]
+    # Rows, columns, channels, images in the file.
+    assert images[4, 2, 1, 7] == (((1 * 32 + 7) * 3 + 2) * 5 + 4) % 256
+    data = SVHN(str(tmp_path))
+    data.setup("fit")
+    assert data.classes[0] == "0"
+    with pytest.raises(DataError, match=r"missing test_32x32.mat.*housenumbers"):
+        read_svhn(tmp_path, "test")
+    with pytest.raises(DataError, match="not embedded"):
+        read_svhn(None, "test")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"X": np.zeros((32, 32, 3, 4), np.uint8)},
+        {"X": np.zeros((32, 32, 3, 5), np.float64)},
+        {"y": np.array([[1], [2], [3], [4], [11]], np.uint8)},
+        {"y": np.zeros((0, 0), np.uint8)},
+    ],
+)
+def test_damaged_svhn_is_refused(tmp_path, monkeypatch, changes) -> None:
+    svhn(tmp_path, monkeypatch, **changes)
+    with pytest.raises(DataError, match=r"train_32x32.mat holds.*expected"):
+        read_svhn(tmp_path, "train")
+    (tmp_path / "train_32x32.mat").write_bytes(b"no MATLAB file")
+    with pytest.raises(DataError, match="damaged"):
+        read_svhn(tmp_path, "train")

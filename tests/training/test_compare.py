@@ -122,3 +122,36 @@ trainer: {{max_epochs: 1}}
     out = capsys.readouterr().out
     assert "certified (network)" in out
     assert "not verified" in out
+
+
+def test_convolutional_networks_and_penalties_have_their_own_folders(tmp_path) -> None:
+    conv = Settings(parameters=2000, epochs=1, limit=100, network="conv")
+    table = compare(["mondeq", "no-equilibrium"], 1, conv, tmp_path, write=lambda line: None)
+    assert "monotone" in table
+    penalised = Settings(parameters=2000, epochs=1, limit=100, penalty="residual_ratio", penalty_weight=0.5)
+    lines: list[str] = []
+    compare(["deq"], 1, penalised, tmp_path, write=lines.append)
+    assert {p.name for p in (tmp_path / "compare").iterdir()} == {
+        "digits-conv-1-epochs-2000-parameters",
+        "digits-1-epochs-2000-parameters-residual_ratio-0.5",
+    }
+    for wrong in (
+        {"network": "graph"},
+        {"penalty": "weight"},
+        {"penalty": "jacobian", "penalty_weight": -1.0},
+    ):
+        with pytest.raises(UsageError):
+            compare(["deq"], 1, Settings(parameters=2000, epochs=1, **wrong), tmp_path, write=lambda line: None)
+    with pytest.raises(UsageError, match="unknown model node"):
+        compare(["node"], 1, conv, tmp_path, write=lambda line: None)
+
+
+def test_results_from_before_a_setting_existed_are_kept(tmp_path) -> None:
+    compare(CORES[3:], 1, QUICK, tmp_path, write=lambda line: None)
+    path = next((tmp_path / "compare").iterdir()) / "settings.json"
+    old = json.loads(path.read_text())
+    del old["penalty"], old["network"]
+    path.write_text(json.dumps(old))
+    lines: list[str] = []
+    compare(CORES[3:], 1, QUICK, tmp_path, write=lines.append)
+    assert "kept" in lines[0]

@@ -20,8 +20,12 @@ def test_table_and_resumption(tmp_path) -> None:
         "cora", PROPAGATIONS, 2, QUICK, tmp_path / "runs", data_dir=str(tmp_path / "data"), write=lines.append
     )
     assert len(lines) == 8
-    assert table.count("±") == 4
+    # Accuracies of all four, and the evaluations of the two equilibria.
+    assert table.count("±") == 6
     assert table.count("| positive concave | 2/2 |") == 2
+    page = (tmp_path / "runs" / "cora" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "600" in page
     result = json.loads((tmp_path / "runs" / "cora" / "pcdeq-split-1.json").read_text())
     assert result["proven"]
     assert result["error"] <= 1e-4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,12 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
+from perron.report.tables import Columns, Results, html_table, name_rows, spread, strips
 
 __all__ = ["text_table", "write_comparison"]
-
-Results = Sequence[dict[str, Any]]
-
-
-def _spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:
-    """Mean, with the standard deviation where there are several values; "-" where there are none."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "-"
-    mean = form(statistics.mean(known))
-    return mean if len(known) == 1 else f"{mean} ± {form(statistics.stdev(known))}"
 
 
 def _certificate(results: Results) -> str:
@@ -39,33 +29,31 @@ def _error(results: Results) -> str:
     return f"{max(found):.0e}" if found else "-"
 
 
-_COLUMNS: dict[str, Callable[[Results], str]] = {
+_COLUMNS: Columns = {
     "model": lambda r: r[0]["core"],
-    "test accuracy": lambda r: _spread([x["accuracy"] for x in r], lambda v: f"{100 * v:.2f}") + " %",
+    "test accuracy": lambda r: spread([x["accuracy"] for x in r], lambda v: f"{100 * v:.2f}") + " %",
     "seeds": lambda r: str(len(r)),
     "parameters": lambda r: f"{r[0]['parameters']:,}",
     "width": lambda r: str(r[0]["width"]),
-    "forward": lambda r: _spread([x["forward steps"] for x in r], lambda v: f"{v:.1f}"),
-    "backward": lambda r: _spread([x["backward steps"] for x in r], lambda v: f"{v:.1f}"),
-    "s/epoch": lambda r: _spread([x["seconds per epoch"] for x in r], lambda v: f"{v:.1f}"),
-    "peak MiB": lambda r: _spread([x["peak MiB"] for x in r], lambda v: f"{v:.1f}"),
+    "forward": lambda r: spread([x["forward steps"] for x in r], lambda v: f"{v:.1f}"),
+    "backward": lambda r: spread([x["backward steps"] for x in r], lambda v: f"{v:.1f}"),
+    "s/epoch": lambda r: spread([x["seconds per epoch"] for x in r], lambda v: f"{v:.1f}"),
+    "peak MiB": lambda r: spread([x["peak MiB"] for x in r], lambda v: f"{v:.1f}"),
     "certificate": _certificate,
-    "proven": lambda r: _spread([x["proven"] for x in r], lambda v: f"{100 * v:.0f} %"),
+    "proven": lambda r: spread([x["proven"] for x in r], lambda v: f"{100 * v:.0f} %"),
     "largest error": _error,
-    "depth": lambda r: _spread([x["effective depth"] for x in r], lambda v: f"{v:.0f}"),
+    "depth": lambda r: spread([x["effective depth"] for x in r], lambda v: f"{v:.0f}"),
 }
 
 
-def _rows(results: Results) -> list[list[str]]:
+def _groups(results: Results) -> list[Results]:
     cores = list(dict.fromkeys(r["core"] for r in results))
-    groups = [[r for r in results if r["core"] == core] for core in cores]
-    return [[column(group) for column in _COLUMNS.values()] for group in groups]
+    return [[r for r in results if r["core"] == core] for core in cores]
 
 
 def text_table(results: Results) -> str:
     """A Markdown table, one row a model."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in _rows(results)])
+    return tables.text_table(_COLUMNS, _groups(results))
 
 
 def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> Path:
@@ -76,8 +64,6 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
         results: of every run, as `perron.training.compare` measures them.
         settings: common to all runs.
     """
-    head = "".join(f"<th>{escape(c)}</th>" for c in _COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in _rows(results))
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
     versions = ", ".join(f"{k} {v}" for k, v in results[0]["versions"].items())
     refusals = {r["core"]: r["certificate"]["refusal"] for r in results if r["certificate"]["refusal"]}
@@ -86,7 +72,7 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
         f"<h1>Implicit models on {escape(str(settings['data']))}</h1><p class='soft'>{escape(common)}; {escape(versions)}, "
         f"{results[0]['threads']} threads. The network around the core, the split, the batches and the optimiser are the "
         "same for all.</p>",
-        f"<div class='card scroll'><table><tr>{head}</tr>{body}</table></div>",
+        html_table(_COLUMNS, _groups(results)),
         "<p>Forward and backward: evaluations of f, and products with its Jacobian, per sample in the last epoch of "
         "training (neural ODEs: evaluations of the right-hand side of the last batch). Proven: samples of the test set "
         "whose enclosure is proven. Depth: the least number of evaluations of f from zero with which the same weights are "
@@ -99,29 +85,18 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
 
 
 def _grouped(results: Results, key: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for r in results:
-        found.setdefault(r["core"], []).append(r[key])
-    return found
+    return {group[0]["core"]: [r[key] for r in group] for group in _groups(results)}
 
 
 def _accuracy(axes: Axes, results: Results) -> None:
-    for row, (_, values) in enumerate(groups := list(_grouped(results, "accuracy").items())):
-        axes.plot([100 * v for v in values], [row] * len(values), "o", color="#2563eb", alpha=0.6)
-    _name_rows(axes, [core for core, _ in groups])
-    axes.set(title="Test accuracy, every seed", xlabel="%")
+    strips(axes, _grouped(results, "accuracy"), "Test accuracy, every seed")
 
 
 def _seconds(axes: Axes, results: Results) -> None:
     groups = _grouped(results, "seconds per epoch")
     axes.barh(range(len(groups)), [statistics.median(v) for v in groups.values()], color="#0f766e")
-    _name_rows(axes, list(groups))
+    name_rows(axes, list(groups))
     axes.set(title="Training", xlabel="seconds per epoch")
-
-
-def _name_rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
 
 
 def _depths(axes: Axes, results: Results) -> None:

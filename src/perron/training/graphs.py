@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import perron
 from perron.data.graphs import GraphData, random_split, read_graph
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import Place, normalized_adjacency
+from perron.report.propagation import text_table, write_propagation
 from perron.solvers import Auto
 from perron.structured import SparsePattern, sparse_product
 from perron.training.run import UsageError
@@ -107,7 +108,7 @@ def fit_graph(
     data_dir: str | None = None,
     write: Callable[[str], None] = print,
 ) -> str:
-    """Train every model on every random split that has no result yet; returns a table of test accuracies.
+    """Train every model on every random split that has no result yet; writes a page, returns a table of test accuracies.
 
     Args:
         name: in `perron.data.graphs.GRAPHS`.
@@ -139,13 +140,20 @@ def fit_graph(
             if not path.is_file():
                 found = _train(propagation, data, seed, settings)
                 path.write_text(json.dumps(found, indent=1) + "\n")
-            result = json.loads(path.read_text())
+            result = {"propagation": propagation, **json.loads(path.read_text())}
             results[propagation].append(result)
             write(
                 f"{name}, split {seed + 1}/{splits}, {propagation}: test {result['test']:.2%}, validation "
                 f"{result['validation']:.2%}, {result['epochs']} epochs, {result['seconds']:.0f} s"
             )
-    return _table(results)
+    facts = {
+        "nodes": f"{len(data.features):,}",
+        "edges": f"{data.edge_index.shape[1] // 2:,}",
+        "classes": data.classes,
+        "versions": f"perron {perron.__version__}, torch {torch.__version__}",
+    }
+    page = write_propagation(folder / "report.html", name, results, asdict(settings), facts)
+    return f"{text_table(results)}\npage: {page}"
 
 
 def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings) -> dict[str, Any]:
@@ -155,6 +163,7 @@ def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings
     net = GraphNet(propagation, data, settings)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     graph = data.features, data.edge_index, data.edge_weight
+    history: list[float] = []
     best, weights, waited, epoch = (-1.0, -math.inf), copy.deepcopy(net.state_dict()), 0, 0
     start = time.perf_counter()
     while waited < settings.patience and epoch < settings.epochs:
@@ -168,6 +177,7 @@ def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings
             logits = net(*graph)[validation]
         # Ties are decided by the loss.
         score = _accuracy(logits, data.label[validation]), -float(F.cross_entropy(logits, data.label[validation]))
+        history.append(score[0])
         waited += 1
         if score > best:
             best, weights, waited = score, copy.deepcopy(net.state_dict()), 0
@@ -184,6 +194,7 @@ def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings
         "test": _accuracy(logits[test], data.label[test]),
         "validation": best[0],
         "epochs": epoch,
+        "history": history,
         "seconds": seconds,
         "evaluations": None if solution is None else float(solution.steps.double().mean()),
         "certificate": None if layer is None else layer.certificate().kind,
@@ -194,24 +205,3 @@ def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings
 
 def _accuracy(logits: Tensor, label: Tensor) -> float:
     return float((logits.argmax(1) == label).double().mean())
-
-
-def _table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [
-        "| propagation | test accuracy | certificate | proven | largest error | evaluations | s/split |",
-        "|" + "---|" * 7,
-    ]
-    for name, rows in results.items():
-        accuracy = [100 * r["test"] for r in rows]
-        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(rows) > 1 else ""
-        cells = ["-"] * 4
-        if rows[0]["certificate"] is not None:
-            cells = [
-                rows[0]["certificate"],
-                f"{sum(r['proven'] for r in rows)}/{len(rows)}",
-                f"{max(r['error'] for r in rows):.0e}",
-                f"{statistics.mean(r['evaluations'] for r in rows):.1f}",
-            ]
-        seconds = statistics.mean(r["seconds"] for r in rows)
-        lines.append(f"| {name} | {statistics.mean(accuracy):.2f}{spread} % | {' | '.join(cells)} | {seconds:.0f} |")
-    return "\n".join(lines)
