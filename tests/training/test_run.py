@@ -71,8 +71,10 @@ def test_fit_test_predict_certify_report(tmp_path, capsys) -> None:
     assert main(["test", str(folder)]) == 0
 
 
-def test_resume_is_bit_for_bit(tmp_path) -> None:
-    fit(tmp_path / "whole", "--trainer.max_epochs", "4")
+@pytest.mark.parametrize("options", [[], ["--model.penalty", "jacobian"]])
+def test_resume_is_bit_for_bit(tmp_path, options) -> None:
+    """Also where training draws random numbers."""
+    fit(tmp_path / "whole", "--trainer.max_epochs", "4", *options)
     # A run that stops after two of its four epochs, with the learning rate schedule of four.
     fit(
         tmp_path / "parts",
@@ -82,6 +84,7 @@ def test_resume_is_bit_for_bit(tmp_path) -> None:
         "perron.training.callbacks.StopAfter",
         "--trainer.callbacks.epochs",
         "2",
+        *options,
     )
     half = torch.load(tmp_path / "parts" / "digits" / "run-1" / "checkpoints" / "last.ckpt", weights_only=False)
     assert half["epoch"] == 1

@@ -1,8 +1,9 @@
 """Bounds through a whole network, each equilibrium layer replaced by everything its proof leaves open.
 
-Affine modules act on centre and radius, monotone ones on both ends. For an equilibrium layer the fixed point is monotone
-in b, so a box of injections gives exactly the box [z*(b_lo), z*(b_hi)]: two certified solves. Everything runs in float64
-and every radius is enlarged by a bound on the rounding of its own computation.
+Affine modules act on centre and radius, monotone ones on both ends. The fixed point of a positive concave layer is monotone
+in b, so a box of injections gives exactly the box [z*(b_lo), z*(b_hi)]: two certified solves. That of a contracting layer
+depends on b continuously, with a constant that the contraction factor gives: one certified solve at the centre, widened.
+Everything runs in float64 and every radius is enlarged by a bound on the rounding of its own computation.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perron._batch import per_sample
+from perron._batch import amax, amin, per_sample
 from perron.affine import AFFINE_MODULES, Refusal, affine_step
-from perron.cells import Chain, as_map
+from perron.cells import ActivationStep, Chain, InjectStep, NormalizeStep, as_map
+from perron.certificates import Certificate
+from perron.contraction import activation_degree, gain
+from perron.monotone import margin
 from perron.nn import Equilibrium
 from perron.rounding import gamma
 from perron.solvers import Auto, FixedPointProblem
@@ -72,22 +76,85 @@ def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
     certificate, _ = layer.derive(map, reason)
     if not certificate:
         raise Refusal(f"an equilibrium layer is not certified: {certificate.refusal}")
-    if certificate.kind != "positive concave" or not isinstance(map, Chain):
-        raise Refusal(
-            f"bounds over a box of inputs are known for positive concave layers, not for {certificate.kind} ones"
-        )
+    assert isinstance(map, Chain)
     inner = getattr(layer, "input", None)
-    if inner is not None:
-        box = _affine(inner, box)
-    # softplus and relu are monotone; both ends are widened by their rounding.
-    slack = 64 * gamma(8, DTYPE)
+    injections = _injections(layer, box if inner is None else _affine(inner, box))
     solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
-    ends = [layer.positive(box.lower) * (1 - slack), layer.positive(box.upper) * (1 + slack)]
-    low, high = (solver.solve(FixedPointProblem(map.to(DTYPE), b, proven=True)) for b in ends)
+    if certificate.kind == "positive concave":
+        return _between_ends(map.to(DTYPE), injections, solver)
+    return _around_centre(map.to(DTYPE), certificate, injections, solver)
+
+
+def _injections(layer: Equilibrium, box: Interval) -> Interval:
+    """softplus and relu are monotone; both ends are widened by their rounding. NaN outside of what the layer accepts."""
+    slack = 64 * gamma(8, DTYPE)
+    low, high = layer.positive(box.lower), layer.positive(box.upper)
+    if layer.injection == "given":
+        low = torch.where(per_sample(amin(low) >= 0, low), low, torch.nan)
+    return Interval(low - slack * low.abs(), high + slack * high.abs())
+
+
+def _between_ends(chain: Chain, b: Interval, solver: Auto) -> Interval:
+    low, high = (solver.solve(FixedPointProblem(chain, end, proven=True)) for end in (b.lower, b.upper))
     assert low.lower is not None
     assert high.upper is not None
     proven = per_sample(low.error_bound.isfinite() & high.error_bound.isfinite(), low.lower)
     return Interval(torch.where(proven, low.lower, torch.nan), torch.where(proven, high.upper, torch.nan))
+
+
+def _around_centre(chain: Chain, certificate: Certificate, b: Interval, solver: Auto) -> Interval:
+    """From the enclosure at the centre c: how far z*(b) can be from z*(c) for |b - c| <= r.
+
+    * monotone: m |z*(b) - z*(c)|^2 <= <b - c, z*(b) - z*(c)>, so at most |r|/m in the Euclidean norm;
+    * bounded gain q, and L behind the injection: at most L max r/(1 - q) in the sup norm;
+    * subhomogeneous of degree mu: at most D/(1 - mu) in Thompson's metric, D between F(z; b) and F(z; c).
+    """
+    centre, radius = _centre(b)
+    solution = solver.solve(FixedPointProblem(chain, centre, contracts=True))
+    if solution.lower is None or solution.upper is None:
+        return Interval(torch.full_like(centre, torch.nan), torch.full_like(centre, torch.nan))
+    low, high = solution.lower, solution.upper
+    if certificate.kind == "subhomogeneous":
+        assert certificate.rate is not None
+        apart = _thompson_distance(chain, b, centre) / (1 - certificate.rate) * (1 + 1e-9) + 1e-12
+        factor = per_sample(torch.exp(apart) * (1 + 1e-12), low)
+        box = Interval(low / factor, high * factor)
+    else:
+        reach = per_sample(_shift(chain, certificate, radius) * (1 + 1e-9), low)
+        box = Interval(low - reach - 1e-12 * low.abs(), high + reach + 1e-12 * high.abs())
+    proven = per_sample(solution.proven, low) & box.lower.isfinite() & box.upper.isfinite()
+    return Interval(torch.where(proven, box.lower, torch.nan), torch.where(proven, box.upper, torch.nan))
+
+
+def _behind_injection(chain: Chain) -> tuple[int, Chain]:
+    """The place of the injection, and what follows it."""
+    place = [isinstance(s, InjectStep) for s in chain.steps].index(True)
+    return place, Chain(chain.steps[place + 1 :])
+
+
+def _shift(chain: Chain, certificate: Certificate, radius: Tensor) -> Tensor:
+    """(batch,) how far the fixed point moves while b does by at most `radius`."""
+    if certificate.kind == "monotone":
+        return radius.flatten(1).norm(dim=1) / margin(chain)
+    assert certificate.rate is not None
+    return gain(_behind_injection(chain)[1]) * amax(radius) / (1 - certificate.rate)
+
+
+def _thompson_distance(chain: Chain, b: Interval, centre: Tensor) -> Tensor:
+    """(batch,) between F(z; b) and F(z; centre), whatever z > 0 and b in the box are."""
+    place, rest = _behind_injection(chain)
+    before = chain.steps[place - 1] if place else None
+    # v + b and v + c are farthest apart, as ratios, where v is least.
+    least = before.activation.at_zero * (1 - 1e-12) if isinstance(before, ActivationStep) else 0.0
+    apart = amax(torch.log((least + b.upper) / (least + centre))) + amax(
+        torch.log((least + centre) / (least + b.lower))
+    )
+    for step in rest.steps:
+        if isinstance(step, ActivationStep):
+            apart = apart * min(activation_degree(step.activation), 1.0)
+        elif isinstance(step, NormalizeStep):
+            apart = apart * 2
+    return apart
 
 
 def _pooled(module: nn.Module, box: Interval) -> Interval:
