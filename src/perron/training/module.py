@@ -94,9 +94,11 @@ class Classifier(L.LightningModule):
                 layer.solver = replace(layer.solver, verify=dtype)
 
     def on_train_epoch_start(self) -> None:
-        # From (seed, epoch) alone: dropout and penalties of a resumed run draw the very same numbers.
-        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_003 + self.current_epoch)
         self._verify_in(torch.float64 if self.certify_training else None)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # From (seed, step) alone: dropout and penalties of a resumed run draw the very same numbers.
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_003 + self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         self._verify_in(torch.float64)

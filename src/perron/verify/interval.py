@@ -146,9 +146,8 @@ def _thompson_distance(chain: Chain, b: Interval, centre: Tensor) -> Tensor:
     before = chain.steps[place - 1] if place else None
     # v + b and v + c are farthest apart, as ratios, where v is least.
     least = before.activation.at_zero * (1 - 1e-12) if isinstance(before, ActivationStep) else 0.0
-    apart = amax(torch.log((least + b.upper) / (least + centre))) + amax(
-        torch.log((least + centre) / (least + b.lower))
-    )
+    up, down = (least + b.upper) / (least + centre), (least + centre) / (least + b.lower)
+    apart = amax(torch.log(torch.maximum(up, down)))
     for step in rest.steps:
         if isinstance(step, ActivationStep):
             apart = apart * min(activation_degree(step.activation), 1.0)
