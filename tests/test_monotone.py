@@ -13,8 +13,9 @@ from perron.constraints import MonotoneOperator, monotone_operator
 from perron.contraction import gain
 from perron.monotone import margin, monotonicity
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
-from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, OperatorSplitting, Picard
 from perron.solvers.adjoint import _MonotoneProof
+from perron.solvers.splitting import ForwardBackward
 
 ACTIVATIONS = ["relu", "tanh", "softsign", "sigmoid", "arctan", "relu6", "identity"]
 
@@ -148,6 +149,45 @@ def test_every_solver_gets_there(solver) -> None:
     assert solution.certified
     assert solution.converged.all()
     torch.testing.assert_close(solution.value, exact(weight, "relu", b), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["peaceman_rachford", "forward_backward"])
+@pytest.mark.parametrize("verify", [torch.float64, None])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "identity"])
+def test_splitting_chosen_by_hand(scheme: str, verify: torch.dtype | None, activation: str) -> None:
+    weight = random_weight(0, 8, 0.5, 0.8)
+    solver = OperatorSplitting(scheme=scheme, max_steps=4000, verify=verify)
+    cell = layer(weight, activation, solver=solver)
+    assert gain(trace(cell.cell)) > 1
+    b = torch.randn(16, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    solution = cell.solve(b)
+    assert solution.converged.all()
+    assert solution.certified == (verify is not None)
+    torch.testing.assert_close(solution.value, exact(weight, activation, b), rtol=1e-3, atol=1e-3)
+    assert cell.solve(b[:0]).value.shape == (0, 8)
+
+
+def test_one_forward_backward_step() -> None:
+    """z <- relu(z - a ((I - W) z - b)), written down again."""
+    weight, b, z = random_weight(0, 4, 0.5, 0.8), torch.randn(3, 4).double(), torch.rand(3, 4).double()
+    problem = FixedPointProblem(trace(layer(weight, "relu").cell), b, contracts=True)
+    step = ForwardBackward(problem, 0.2)
+    torch.testing.assert_close(step.plain(z), torch.relu(z - 0.2 * (z - z @ weight.t() - b)))
+    default = ForwardBackward(problem, None).size
+    eye = torch.eye(4, dtype=torch.float64)
+    assert default <= 0.8 / float(torch.linalg.matrix_norm(eye - weight, 2)) ** 2
+
+
+def test_splitting_refuses_other_cells() -> None:
+    b = torch.rand(2, 3)
+    with pytest.raises(ValueError, match="strongly monotone"):
+        layer(1.5 * torch.eye(3), "relu", solver=OperatorSplitting()).solve(b)
+    with pytest.raises(ValueError, match="relu6"):
+        layer(-torch.eye(3), "tanh", solver=OperatorSplitting(scheme="forward_backward")).solve(b)
+    with pytest.raises(ValueError, match="scheme"):
+        OperatorSplitting(scheme="douglas_rachford")
+    with pytest.raises(ValueError, match="size"):
+        OperatorSplitting(size=0.0)
 
 
 def test_gradients() -> None:

@@ -15,6 +15,7 @@ from perron.solvers.base import (
 from perron.solvers.broyden import Broyden
 from perron.solvers.compiled import Compiled
 from perron.solvers.newton import MonotoneNewton
+from perron.solvers.operator_splitting import OperatorSplitting
 from perron.solvers.picard import Picard
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "FixedPointProblem",
     "IterativeSolver",
     "MonotoneNewton",
+    "OperatorSplitting",
     "Picard",
     "Solution",
     "Solver",

@@ -6,6 +6,9 @@ it converges linearly for every positive margin. One factorisation of 2 I - W se
 or of what a circular convolution does to each Fourier mode. The auxiliary variable u, whose image sigma(u) is z, is mixed
 after Anderson; where its residual grows instead, a plain step is taken.
 
+Forward-backward steps z <- sigma((1 - a) z + a (W z + b)) need no factorisation; they converge for 0 < a < 2 m/|I - W|^2,
+slowly, where sigma is a projection, whose scaled resolvents are all the same.
+
 With D = diag(sigma') at the fixed point, 0 <= D <= 1, the linear equations have the same form. The adjoint g = W^T D g + v
 is u of the map y = D (W^T y + v); the tangent w = D W w + v is y + v with y = D (W y + W v).
 """
@@ -27,10 +30,19 @@ from perron.monotone import margin
 from perron.solvers.base import FixedPointProblem
 from perron.solvers.mixing import Mixing
 
-__all__ = ["LinearSplitting", "Splitting", "linear_splitting_for", "splitting_for"]
+__all__ = [
+    "ForwardBackward",
+    "LinearSplitting",
+    "Splitting",
+    "forward_backward_for",
+    "linear_splitting_for",
+    "splitting_for",
+]
 
 # Of the mixing; and how far the residual may grow over the least one.
 _WINDOW, _TRUST = 5, 1.0
+# Activations that project onto an interval.
+_PROJECTIONS = ("relu", "relu6", "identity")
 
 
 def _resolvent(step: AffineStep, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
@@ -56,43 +68,37 @@ def _resolvent(step: AffineStep, state: Tensor, *, transposed: bool = False) -> 
     return solve_rows
 
 
-class _PeacemanRachford(ABC):
-    """The steps as a method of `perron.solvers.iteration`.
+class _Mixed(ABC):
+    """Steps of a splitting, mixed after Anderson, as a method of `perron.solvers.iteration`.
 
     Args:
         offset: (batch, ...) what W z is added to.
-        resolvent: of `_resolvent`.
     """
 
     products, trust = 0, math.inf
 
-    def __init__(self, offset: Tensor, resolvent: Callable[[Tensor], Tensor]) -> None:
-        self.offset, self.resolvent = offset, resolvent
+    def __init__(self, offset: Tensor) -> None:
+        self.offset = offset
         self.mixing = Mixing(_WINDOW)
         # u, and per sample the best plain step so far with its residual.
         self.auxiliary: Tensor | None = None
         self.best, self.least = offset, offset.new_full((len(offset),), math.inf)
 
     @abstractmethod
-    def image(self, u: Tensor) -> Tensor:
-        """The resolvent of the other part: sigma(u), or D u."""
-
-    @abstractmethod
     def begin(self, z: Tensor) -> Tensor:
         """u for an iterate z, exact at the fixed point."""
 
+    @abstractmethod
+    def plain(self, u: Tensor) -> Tensor:
+        """One step of the splitting."""
+
+    @abstractmethod
     def iterate(self, u: Tensor) -> Tensor:
         """The iterate for a u."""
-        return self.image(u)
-
-    def _plain(self, u: Tensor) -> Tensor:
-        """One step of the method, a contraction in u."""
-        half = 2 * self.image(u) - u
-        return 2 * self.resolvent(half + self.offset) - half
 
     def advance(self, z: Tensor, fz: Tensor) -> Tensor:
         u = self.begin(z) if self.auxiliary is None else self.auxiliary
-        new = self._plain(u)
+        new = self.plain(u)
         size = (new - u).flatten(1).norm(dim=1)
         grown = size > _TRUST * self.least
         better = size < self.least
@@ -103,7 +109,7 @@ class _PeacemanRachford(ABC):
         self.auxiliary = torch.where(per_sample(grown, u), self.best, mixed)
         return self.iterate(self.auxiliary)
 
-    def select(self, index: Tensor) -> _PeacemanRachford:
+    def select(self, index: Tensor) -> _Mixed:
         new = copy(self)
         new.offset, new.best, new.least = self.offset[index], self.best[index], self.least[index]
         new.auxiliary = None if self.auxiliary is None else self.auxiliary[index]
@@ -113,6 +119,30 @@ class _PeacemanRachford(ABC):
     def forget(self, mask: Tensor) -> None:
         """The steps remember only what is their own."""
         return
+
+
+class _PeacemanRachford(_Mixed):
+    """u <- 2 (2 I - W)^{-1} (2 z - u + b) - (2 z - u), z the image of u: a contraction in u.
+
+    Args:
+        offset: b.
+        resolvent: of `_resolvent`.
+    """
+
+    def __init__(self, offset: Tensor, resolvent: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(offset)
+        self.resolvent = resolvent
+
+    @abstractmethod
+    def image(self, u: Tensor) -> Tensor:
+        """The resolvent of the other part: sigma(u), or D u."""
+
+    def iterate(self, u: Tensor) -> Tensor:
+        return self.image(u)
+
+    def plain(self, u: Tensor) -> Tensor:
+        half = 2 * self.image(u) - u
+        return 2 * self.resolvent(half + self.offset) - half
 
 
 class Splitting(_PeacemanRachford):
@@ -140,6 +170,34 @@ class Splitting(_PeacemanRachford):
         return self.step.linear(z) + self.offset
 
 
+class ForwardBackward(_Mixed):
+    """For z = sigma(W z + b), sigma a projection.
+
+    Args:
+        problem: its map is a chain sigma(W z + b).
+        size: a of the steps; None for m/|I - W|^2, which is best for what is known of W.
+    """
+
+    def __init__(self, problem: FixedPointProblem, size: float | None) -> None:
+        chain = problem.map
+        assert isinstance(chain, Chain)
+        self.map = chain.rebind([t.detach() for t in chain.tensors])
+        affine = chain.affine[0]
+        self.size = margin(chain) / (1 + affine.norm()) ** 2 if size is None else size
+        super().__init__(problem.injection)
+
+    def begin(self, z: Tensor) -> Tensor:
+        return z
+
+    def plain(self, u: Tensor) -> Tensor:
+        activation = self.map.last_activation
+        assert activation is not None
+        return activation(torch.lerp(u, self.map.preactivation(u, self.offset), self.size))
+
+    def iterate(self, u: Tensor) -> Tensor:
+        return u
+
+
 class LinearSplitting(_PeacemanRachford):
     """For g = W^T D g + v or w = D W w + v.
 
@@ -164,19 +222,29 @@ class LinearSplitting(_PeacemanRachford):
     def iterate(self, u: Tensor) -> Tensor:
         return u if self.transposed else self.slope * u + self.v
 
-    def select(self, index: Tensor) -> _PeacemanRachford:
+    def select(self, index: Tensor) -> _Mixed:
         new = super().select(index)
         assert isinstance(new, LinearSplitting)
         new.slope, new.v = self.slope[index], self.v[index]
         return new
 
 
+def _monotone(problem: FixedPointProblem) -> bool:
+    chain = problem.map
+    return problem.contracts and isinstance(chain, Chain) and problem.injection.numel() > 0 and margin(chain) > 0
+
+
 def splitting_for(problem: FixedPointProblem) -> Splitting | None:
     """The method where the cell of the problem is monotone, else None."""
-    chain = problem.map
-    if problem.contracts and isinstance(chain, Chain) and problem.injection.numel() and margin(chain) > 0:
-        return Splitting(problem)
-    return None
+    return Splitting(problem) if _monotone(problem) else None
+
+
+def forward_backward_for(problem: FixedPointProblem, size: float | None) -> ForwardBackward | None:
+    """Forward-backward steps where the cell is monotone and its activation a projection, else None."""
+    if not _monotone(problem):
+        return None
+    activation = problem.map.last_activation  # type: ignore[union-attr]
+    return ForwardBackward(problem, size) if activation is not None and activation.name in _PROJECTIONS else None
 
 
 def linear_splitting_for(jacobian: ChainLinearization, v: Tensor, *, transposed: bool) -> LinearSplitting | None:
