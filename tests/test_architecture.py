@@ -19,7 +19,7 @@ ORDER = [
     ("solvers",),
     ("implicit",),
     ("nn",),
-    ("models", "verify"),
+    ("models", "verify", "kernels"),
     ("data", "report"),
     ("training",),
     ("cli",),

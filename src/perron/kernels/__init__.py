@@ -1,0 +1,52 @@
+"""Infinitely wide equilibrium networks: their kernels, and the shallow explicit network equivalent to one."""
+
+from perron.kernels.activations import ScalarFunction, clip_abs, hard_tanh, scalar_function, transformed, two_slopes
+from perron.kernels.coefficients import KernelCoefficients, ck_coefficients, explicit_coefficients, ntk_coefficients
+from perron.kernels.kernels import (
+    ImplicitKernels,
+    explicit_ck,
+    explicit_kernels,
+    explicit_ntk,
+    implicit_ck,
+    implicit_kernels,
+    implicit_ntk,
+)
+from perron.kernels.matching import Match, MatchWarning, match_explicit
+from perron.kernels.mixture import GaussianMixture, MixtureSample, spectral_equivalent
+from perron.kernels.moments import Moments, gaussian_moments
+from perron.kernels.networks import ExplicitEquivalent, GaussianEquilibrium, compile_explicit
+from perron.kernels.state import EquilibriumState, UnstableError, solve_state
+
+__all__ = [
+    "EquilibriumState",
+    "ExplicitEquivalent",
+    "GaussianEquilibrium",
+    "GaussianMixture",
+    "ImplicitKernels",
+    "KernelCoefficients",
+    "Match",
+    "MatchWarning",
+    "MixtureSample",
+    "Moments",
+    "ScalarFunction",
+    "UnstableError",
+    "ck_coefficients",
+    "clip_abs",
+    "compile_explicit",
+    "explicit_ck",
+    "explicit_coefficients",
+    "explicit_kernels",
+    "explicit_ntk",
+    "gaussian_moments",
+    "hard_tanh",
+    "implicit_ck",
+    "implicit_kernels",
+    "implicit_ntk",
+    "match_explicit",
+    "ntk_coefficients",
+    "scalar_function",
+    "solve_state",
+    "spectral_equivalent",
+    "transformed",
+    "two_slopes",
+]
