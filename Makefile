@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow format soundness uniqueness evaluations bench clean
+.PHONY: demo test lint slow format soundness uniqueness evaluations kernels bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,10 @@ uniqueness: .venv/installed
 
 evaluations: .venv/installed
 	$(BIN)/python benchmarks/evaluations.py --output benchmarks/results/evaluations.json
+
+# DATA=DIR names a folder with MNIST.
+kernels: .venv/installed
+	$(BIN)/python benchmarks/kernels.py $(if $(DATA),--data-dir $(DATA)) --output benchmarks/results/kernels.json
 
 # Beside torchdeq, which only this needs. About forty minutes; DATA=DIR names a folder with MNIST.
 bench: .venv/installed

@@ -1,0 +1,135 @@
+"""How near kernels of infinitely wide equilibrium networks are to their structured form and to matched explicit networks.
+
+First table: operator norm of the difference on Gaussian mixtures of three classes (identity, scaled identity, AR(0.5)) in p
+dimensions, n = p, one draw, and the power of p that fits it. Second: relative operator norm of the difference to the kernel
+of the matched explicit network, and of the unmatched one (the same function, one layer, its diagonal matched), on a mixture
+and, with --data-dir, on MNIST images, centered and with unit norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perron.kernels import (
+    GaussianMixture,
+    MixtureSample,
+    ck_coefficients,
+    explicit_ck,
+    implicit_kernels,
+    match_explicit,
+    ntk_coefficients,
+    solve_state,
+    spectral_equivalent,
+)
+
+SA, SB = 0.3, 0.7
+ACTIVATIONS = ("relu", "leaky_relu(0.2)", "swish", "tanh", "hard_tanh")
+
+
+def mixture(p: int, seed: int = 0) -> MixtureSample:
+    place = torch.arange(p, dtype=torch.float64)
+    means = torch.zeros(3, p)
+    means[1, : p // 4], means[2, p // 4 : p // 2] = 2 / math.sqrt(p / 4), -2 / math.sqrt(p / 4)
+    covariances = [
+        torch.eye(p, dtype=torch.float64),
+        (1 + 4 / math.sqrt(p)) * torch.eye(p, dtype=torch.float64),
+        0.5 ** (place[:, None] - place).abs(),
+    ]
+    counts = [p // 3, p // 3, p - 2 * (p // 3)]
+    return GaussianMixture(means, covariances).sample(counts, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh((matrix + matrix.t()) / 2).abs().max())
+
+
+def convergence(dimensions: list[int]) -> dict[str, dict[str, list[float]]]:
+    table: dict[str, dict[str, list[float]]] = {}
+    for p in dimensions:
+        sample = mixture(p)
+        for name in ACTIVATIONS:
+            state = solve_state(name, SA, SB, float(sample.tau0))
+            found = implicit_kernels(sample.X, name, SA, SB)
+            rows = {
+                "CK": (found.ck, ck_coefficients(state)),
+                "NTK Av": (found.ntk("Av"), ntk_coefficients(state, "Av")),
+                "NTK ABv": (found.ntk("ABv"), ntk_coefficients(state, "ABv")),
+            }
+            for kind, (kernel, coefficients) in rows.items():
+                apart = norm(kernel - spectral_equivalent(coefficients, sample.X, sample=sample))
+                table.setdefault(f"{name} {kind}", {"norm": [], "difference": []})
+                table[f"{name} {kind}"]["norm"].append(norm(kernel))
+                table[f"{name} {kind}"]["difference"].append(apart)
+    for row in table.values():
+        x = torch.tensor(dimensions, dtype=torch.float64).log()
+        y = torch.tensor(row["difference"], dtype=torch.float64).log()
+        x, y = x - x.mean(), y - y.mean()
+        row["power"] = [float((x * y).sum() / (x * x).sum())]
+    return table
+
+
+def distances(X: Tensor, name: str, sa: float) -> dict[str, float]:
+    wanted = implicit_kernels(X, name, sa, 1 - sa).ck
+    match = match_explicit(name, sa, 1 - sa, float(X.square().sum(1).mean().sqrt()))
+    plain = explicit_ck(X, [name])
+    plain = plain * (wanted.diagonal().mean() / plain.diagonal().mean())
+    size = norm(wanted)
+    return {
+        "largest residual": float(match.residuals.abs().max()),
+        "matched": norm(explicit_ck(X, match.activations) - wanted) / size,
+        "unmatched": norm(plain - wanted) / size,
+    }
+
+
+def mnist(folder: str, count: int) -> Tensor:
+    from perron.data.sources import read_mnist
+
+    images, _ = read_mnist(Path(folder), "train")
+    x = torch.from_numpy(images[:count]).double().flatten(1)
+    return F.normalize(x - x.mean(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dimensions", default="200,400,800,1500")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    dimensions = [int(p) for p in options.dimensions.split(",")]
+    table = convergence(dimensions)
+    print(f"| kernel | {' | '.join(f'p = {p}' for p in dimensions)} | power | norm at the last |")
+    print("|" + "---|" * (len(dimensions) + 3))
+    for name, row in table.items():
+        cells = " | ".join(f"{d:.3f}" for d in row["difference"])
+        print(f"| {name} | {cells} | {row['power'][0]:.2f} | {row['norm'][-1]:.2f} |", flush=True)
+    data = {"mixture": F.normalize(mixture(800).X)}
+    if options.data_dir:
+        data["MNIST"] = mnist(options.data_dir, options.images)
+    print("\n| data | activation | sa | largest residual | matched | unmatched |\n|" + "---|" * 6)
+    matches = []
+    for where, X in data.items():
+        for name in ("tanh", "relu"):
+            for sa in (0.1, 0.2, 0.3):
+                row = {"data": where, "activation": name, "sa": sa, **distances(X, name, sa)}
+                matches.append(row)
+                print(
+                    f"| {where} | {name} | {sa} | {row['largest residual']:.0e} | {row['matched']:.5f} | "
+                    f"{row['unmatched']:.5f} |",
+                    flush=True,
+                )
+    if options.output:
+        options.output.write_text(
+            json.dumps({"dimensions": dimensions, "convergence": table, "matches": matches}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
