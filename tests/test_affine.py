@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from perron.affine import affine_step
-from perron.structured import DiagonalLowRank, SparseLinear
+from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
 
 EDGES = torch.tensor([[0, 0, 1, 3, 4, 4], [1, 4, 2, 3, 0, 4]])
 STEPS = {
@@ -22,6 +22,8 @@ STEPS = {
     "conv2d same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same"), (2, 4, 5)),
     "conv2d grouped": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4, 3)),
     "conv3d": (lambda: nn.Conv3d(2, 2, 3, padding=1), (2, 3, 4, 3)),
+    "monotone conv2d": (lambda: MonotoneConvolution2d(2, 3), (2, 4, 5)),
+    "monotone conv2d, small": (lambda: MonotoneConvolution2d(3, 3, margin=1.5), (3, 2, 1)),
     "pooling": (lambda: nn.AvgPool2d(3, 1, 1), (2, 4, 5)),
 }
 
@@ -52,7 +54,7 @@ def test_forward_transpose_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_sums_agree_and_obey_the_rounding_bound(name: str, dtype: torch.dtype) -> None:
     module, v = build(name, dtype)
-    step = affine_step(module).rebind([t.detach().abs() for t in affine_step(module).tensors])
+    step = affine_step(module).rebind([t.detach() for t in affine_step(module).tensors]).magnitude()
     plain = step.plainly()
     if plain is None:
         assert "grouped" in name or name == "pooling"
@@ -70,7 +72,7 @@ def test_plain_sums_agree_and_obey_the_rounding_bound(name: str, dtype: torch.dt
 @pytest.mark.parametrize("name", STEPS)
 def test_row_sums_and_channels_bound_the_map(name: str) -> None:
     module, v = build(name)
-    step = affine_step(module).rebind([t.detach().abs() for t in affine_step(module).tensors])
+    step = affine_step(module).rebind([t.detach() for t in affine_step(module).tensors]).magnitude()
     largest = step.linear(torch.ones_like(v)).max()
     assert step.row_sums() >= largest * (1 - 1e-12)
     channels = step.channels()

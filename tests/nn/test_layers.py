@@ -10,11 +10,17 @@ from perron.nn import (
     DiagonalLowRank,
     Equilibrium,
     Inject,
+    MonotoneConv2d,
+    MonotoneLinear,
+    PlainConv2d,
+    PlainLinear,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
     PositiveConcaveLinear,
     SparseLinear,
+    SubhomogeneousConv2d,
+    SubhomogeneousLinear,
 )
 from perron.solvers import Picard
 from problems import long_picard
@@ -24,6 +30,15 @@ LAYERS = [
     (PositiveConcaveConv1d, (4, 9)),
     (PositiveConcaveConv2d, (4, 6, 5)),
     (PositiveConcaveConv3d, (4, 3, 4, 3)),
+]
+ALL = [
+    *LAYERS,
+    (SubhomogeneousLinear, (4,)),
+    (SubhomogeneousConv2d, (4, 6, 5)),
+    (MonotoneLinear, (4,)),
+    (MonotoneConv2d, (4, 6, 5)),
+    (PlainLinear, (4,)),
+    (PlainConv2d, (4, 6, 5)),
 ]
 
 
@@ -47,7 +62,7 @@ def test_every_layer_is_certified_and_right(kind, shape, activation, injection) 
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+@pytest.mark.parametrize(("kind", "shape"), ALL)
 def test_injection_mode_changes_only_the_affine_map(kind, shape) -> None:
     layer = kind(4, 4)
     x = torch.randn(2, *shape)
@@ -56,7 +71,7 @@ def test_injection_mode_changes_only_the_affine_map(kind, shape) -> None:
     torch.testing.assert_close(given(layer.injected(x)), layer(x))
 
 
-@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+@pytest.mark.parametrize(("kind", "shape"), ALL)
 def test_non_contiguous_strided_and_expanded_inputs(kind, shape) -> None:
     layer = kind(4, 4)
     big = torch.randn(6, *shape)
@@ -69,7 +84,7 @@ def test_non_contiguous_strided_and_expanded_inputs(kind, shape) -> None:
         torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+@pytest.mark.parametrize(("kind", "shape"), ALL)
 def test_wrong_inputs_are_named(kind, shape) -> None:
     layer = kind(4, 4)
     with pytest.raises(ValueError, match=r"\(batch, 4.*got \(3, 5"):
@@ -80,6 +95,15 @@ def test_wrong_inputs_are_named(kind, shape) -> None:
         layer(torch.ones(3, *shape, dtype=torch.long))
     with pytest.raises(TypeError, match="float64"):
         layer(torch.randn(3, *shape, dtype=torch.float64))
+    assert layer(torch.randn(0, *shape)).shape == (0, *shape)
+    x = torch.randn(3, *shape)
+    x.view(3, -1)[1, 2] = torch.nan
+    layer.solver = Picard(on_failure="ignore")
+    assert layer.solve(x).converged.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("kind", "shape"), LAYERS)
+def test_negative_given_injections_are_named(kind, shape) -> None:
     given = kind(4, 4, injection="given")
     x = torch.rand(3, *shape) + 0.1
     x.view(3, -1)[1, 2] = -0.25
