@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from perron.data import CIFAR10, MNIST, SVHN, DataError, Digits, FashionMNIST
+from perron.data.modules import augmented
 from perron.data.sources import CLASSES, read_cifar10, read_digits, read_fashion_mnist, read_mnist, read_svhn
 
 SHARED = Path(os.environ.get("PERRON_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -163,3 +165,42 @@ def test_damaged_svhn_is_refused(tmp_path, monkeypatch, changes) -> None:
     (tmp_path / "train_32x32.mat").write_bytes(b"no MATLAB file")
     with pytest.raises(DataError, match="damaged"):
         read_svhn(tmp_path, "train")
+
+
+def test_augmentation_moves_and_mirrors() -> None:
+    images = torch.rand(200, 2, 6, 5)
+    found = augmented(images, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(found, augmented(images, 2, torch.Generator().manual_seed(0)))
+    seen = set()
+    for image, new in zip(images, found, strict=True):
+        matches = []
+        for mirrored in (False, True):
+            for down in range(-2, 3):
+                for right in range(-2, 3):
+                    # What is moved out is lost, zeros come in.
+                    moved = torch.zeros(2, 10, 9)
+                    moved[:, 2 + down : 8 + down, 2 + right : 7 + right] = image
+                    moved = moved[:, 2:8, 2:7]
+                    if torch.equal(moved.flip(2) if mirrored else moved, new):
+                        matches.append((mirrored, down, right))
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) > 40
+    assert torch.equal(augmented(images, 0, torch.Generator()).sort(-1).values, images.sort(-1).values)
+    with pytest.raises(ValueError, match="augment"):
+        Digits(augment=8)
+
+
+def test_augmentation_is_for_training_only() -> None:
+    class Trainer:
+        training, global_step = True, 3
+
+    data, batch = Digits(augment=1), (torch.rand(4, 1, 8, 8), torch.zeros(4))
+    assert data.on_after_batch_transfer(batch, 0) is batch
+    data.trainer = Trainer()
+    first = data.on_after_batch_transfer(batch, 0)[0]
+    assert torch.equal(first, data.on_after_batch_transfer(batch, 0)[0])
+    Trainer.global_step = 4
+    assert not torch.equal(first, data.on_after_batch_transfer(batch, 0)[0])
+    Trainer.training = False
+    assert data.on_after_batch_transfer(batch, 0) is batch

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
@@ -57,6 +58,8 @@ class ImageData(L.LightningDataModule):
         validation: fraction of the training set kept for validation, drawn by `seed`.
         seed: of the split and of the shuffling.
         limit: use only so many training images (for a quick look).
+        augment: shift training images by up to `augment` pixels, zeros coming in, and mirror half of them; None for neither.
+            Drawn from the seed and the number of the step alone.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -77,6 +80,7 @@ class ImageData(L.LightningDataModule):
         validation: float = 0.1,
         seed: int = 0,
         limit: int | None = None,
+        augment: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -85,6 +89,9 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
         if limit is not None and limit < 20:
             raise ValueError(f"limit must be at least 20, got {limit}")
+        if augment is not None and not 0 <= augment < self.image_shape[1]:
+            raise ValueError(f"augment must be a number of pixels below {self.image_shape[1]}, got {augment}")
+        self.augment = augment
         self.data_dir, self.batch_size, self.validation, self.seed, self.limit = (
             data_dir,
             batch_size,
@@ -125,6 +132,14 @@ class ImageData(L.LightningDataModule):
         if stage in ("test", "predict", None) and "test" not in self.splits:
             self.splits["test"] = self._tensors(*read(self._folder(), "test"))
 
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment the images of a training step."""
+        trainer = self.trainer
+        if self.augment is None or trainer is None or not trainer.training:
+            return batch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + trainer.global_step)
+        return augmented(batch[0], self.augment, generator), batch[1]
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         data = self.splits["train"]
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
@@ -143,6 +158,20 @@ class ImageData(L.LightningDataModule):
         data = self.splits[split]
         size = 4 * self.batch_size
         return _loader(data, [list(range(k, min(k + size, len(data)))) for k in range(0, len(data), size)])
+
+
+def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Every image, (batch, channels, height, width), moved by up to `shift` pixels and mirrored by a coin."""
+    count, _, height, width = images.shape
+    moves = torch.randint(0, 2 * shift + 1, (2, count), generator=generator).to(images.device)
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+    padded = F.pad(images, [shift] * 4)
+    rows = moves[0, :, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = moves[1, :, None] + torch.where(mirrored[:, None], columns.flip(0), columns)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    # Indexing puts the channels last.
+    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _loader(data: Dataset, batches: object) -> DataLoader[tuple[Tensor, Tensor]]:
