@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--data", default="test", choices=["test", "validation"], help="which split (default test)"
             )
     _add_compare(commands)
+    _add_kernels(commands)
     return parser
 
 
@@ -81,6 +82,40 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sub.add_argument("--budget", type=float, help="stop after so many seconds; the same command then goes on")
     sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+
+
+def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "compare an equilibrium network with its explicit equivalent: kernels, read-outs, times; writes a page"
+    sub = commands.add_parser("kernels", help=text, description=text)
+    sub.add_argument(
+        "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10, svhn"
+    )
+    sub.add_argument("--activation", default="tanh", help="of the equilibrium: tanh (default), relu, swish, ...")
+    sub.add_argument("--sa", type=float, default=0.3, help="variance of its recurrent weights (default %(default)s)")
+    sub.add_argument("--widths", default="32,128,512,2048", help="separated by commas (default %(default)s)")
+    sub.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
+    sub.add_argument("--images", type=int, default=8000, help="training images, at most (default %(default)s)")
+    sub.add_argument("--kernel-images", type=int, default=1000, help="for the kernels (default %(default)s)")
+    sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+
+
+def _kernels(arguments: argparse.Namespace) -> str:
+    from perron.training.kernels import KernelSettings, compare_kernels
+    from perron.training.run import UsageError
+
+    try:
+        widths = [int(w) for w in arguments.widths.split(",")]
+    except ValueError as error:
+        raise UsageError(f"widths must be whole numbers separated by commas, got {arguments.widths!r}") from error
+    return compare_kernels(
+        KernelSettings(arguments.target, arguments.activation, arguments.sa, arguments.images, arguments.kernel_images),
+        widths,
+        arguments.seeds,
+        arguments.runs,
+        data_dir=arguments.data_dir,
+        write=lambda line: print(line, flush=True),
+    )
 
 
 def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -140,10 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = "perron " + shlex.join(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments.command == "compare":
+        if arguments.command in ("compare", "kernels"):
             if rest:
                 raise run.UsageError(f"unknown options: {' '.join(rest)}")
-            print(_compare(arguments))
+            print((_compare if arguments.command == "compare" else _kernels)(arguments))
         elif arguments.command == "fit" and arguments.target in GRAPHS:
             print(_fit_graph(arguments, rest))
         elif arguments.command == "fit":

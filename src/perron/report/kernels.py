@@ -1,0 +1,123 @@
+"""The table and the page of a comparison between an equilibrium network and its explicit equivalent."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from perron.kernels import Match
+from perron.kernels.readout import MODELS, Spectra
+from perron.report import tables
+from perron.report.figures import svg
+from perron.report.html import grid, write_page
+from perron.report.tables import Columns, Results, html_table, spread
+
+__all__ = ["text_table", "write_kernels"]
+
+_COLUMNS: Columns = {
+    "model": lambda r: r[0]["model"],
+    "width": lambda r: f"{r[0]['width']:,}",
+    "test accuracy": lambda r: spread([100 * x["test"] for x in r], lambda v: f"{v:.2f}") + " %",
+    "seeds": lambda r: str(len(r)),
+    "microseconds a sample": lambda r: f"{1e6 * statistics.median(x['seconds per sample'] for x in r):.0f}",
+    "against implicit": lambda r: r[0]["against implicit"],
+}
+
+
+def _groups(results: Results) -> list[Results]:
+    """By width and model, with the median time in comparison with that of the implicit model of this width."""
+    groups: list[Results] = []
+    for width in dict.fromkeys(r["width"] for r in results):
+        times = {}
+        for model in MODELS:
+            rows = [r for r in results if r["width"] == width and r["model"] == model]
+            times[model] = statistics.median(r["seconds per sample"] for r in rows)
+            groups.append([{**r, "against implicit": f"{times['implicit'] / times[model]:.1f}x faster"} for r in rows])
+    return groups
+
+
+def text_table(results: Results, found: Spectra) -> str:
+    """A Markdown table, one row for each model and width; and the distances of the kernels."""
+    distances = ", ".join(f"{name} {found.distance[name]:.5f}" for name in MODELS[1:])
+    return f"relative operator-norm distance to the implicit kernel: {distances}\n" + tables.text_table(
+        _COLUMNS, _groups(results)
+    )
+
+
+def write_kernels(path: Path, results: Results, found: Spectra, match: Match, facts: Mapping[str, Any]) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        path: of the HTML file.
+        results: one for each model, width and seed, as `perron.kernels.readout.read_out` measures them.
+        found: the kernels of infinite width.
+        match: the explicit network.
+        facts: about the data and the versions.
+    """
+    common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in facts.items())
+    layers = ", then ".join(str(a) for a in match.activations)
+    residuals = ", ".join(f"{float(r):.1e}" for r in match.residuals)
+    distances = "; ".join(f"{name} <b>{found.distance[name]:.5f}</b>" for name in MODELS[1:])
+    parts = [
+        "<h1>An equilibrium network and its explicit equivalent</h1>",
+        f"<p class='soft'>{escape(common)}. Images centered, every one of unit norm; frozen random features, ridge read-out.</p>",
+        f"<div class='card'><p>Matched: {escape(layers)}. Relative residuals of the four equations: {residuals}.</p>"
+        f"<p>Relative operator-norm distance to the kernel of the equilibrium network, at infinite width: {distances}. "
+        "This is the judge: accuracies of all three agree, matched or not.</p></div>",
+        grid(svg(lambda axes: _spectra(axes, found)), svg(lambda axes: _differences(axes, found))),
+        grid(svg(lambda axes: _accuracy(axes, results)), svg(lambda axes: _times(axes, results))),
+        grid(svg(lambda axes: _overlap(axes, found))),
+        html_table(_COLUMNS, _groups(results)),
+    ]
+    return write_page(path, "An equilibrium network and its explicit equivalent", "".join(parts))
+
+
+def _spectra(axes: Axes, found: Spectra) -> None:
+    for name, style in zip(MODELS, ("-", "--", ":"), strict=True):
+        values = found.eigenvalues[name].clamp_min(1e-12)
+        axes.plot(range(1, len(values) + 1), values, style, linewidth=2, label=name)
+    axes.set(title="Eigenvalues of the kernels", xlabel="number", xscale="log", yscale="log")
+    axes.legend(fontsize=8)
+
+
+def _differences(axes: Axes, found: Spectra) -> None:
+    for name in MODELS[1:]:
+        apart = (found.eigenvalues[name] / found.eigenvalues["implicit"] - 1).abs().clamp_min(1e-16)
+        axes.plot(range(1, len(apart) + 1), apart, ".", markersize=3, label=name)
+    axes.set(title="Eigenvalues, relative to the implicit ones", xlabel="number", xscale="log", yscale="log")
+    axes.set_ylabel("|ratio - 1|")
+    axes.legend(fontsize=8)
+
+
+def _overlap(axes: Axes, found: Spectra) -> None:
+    for name in MODELS[1:]:
+        values = found.overlap[name]
+        axes.plot(range(1, len(values) + 1), values, "o-", label=name)
+    axes.set(title="Leading eigenvectors: |cosine| with the implicit ones", xlabel="number", ylim=(0, 1.05))
+    axes.legend(fontsize=8)
+
+
+def _by_width(results: Results, model: str, key: str) -> tuple[list[int], list[list[float]]]:
+    widths = sorted({r["width"] for r in results})
+    return widths, [[r[key] for r in results if r["width"] == w and r["model"] == model] for w in widths]
+
+
+def _accuracy(axes: Axes, results: Results) -> None:
+    for model, style in zip(MODELS, ("-", "--", ":"), strict=True):
+        widths, values = _by_width(results, model, "test")
+        axes.plot(widths, [100 * statistics.mean(v) for v in values], "o" + style, label=model)
+    axes.set(title="Read-out", xlabel="width", ylabel="test accuracy, %", xscale="log")
+    axes.legend(fontsize=8)
+
+
+def _times(axes: Axes, results: Results) -> None:
+    for model, style in zip(MODELS, ("-", "--", ":"), strict=True):
+        widths, values = _by_width(results, model, "seconds per sample")
+        axes.plot(widths, [1e6 * statistics.median(v) for v in values], "o" + style, label=model)
+    axes.set(title="Features", xlabel="width", ylabel="microseconds a sample", xscale="log", yscale="log")
+    axes.legend(fontsize=8)

@@ -1,0 +1,127 @@
+"""`perron kernels digits`: read-outs on frozen features of implicit, matched and unmatched networks, and their kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import perron
+from perron.data import DATA_MODULES, ImageData
+from perron.kernels import UnstableError, match_explicit
+from perron.kernels.readout import MODELS, Spectra, Split, feature_map, normalised, read_out, spectra
+from perron.report.kernels import text_table, write_kernels
+from perron.training.run import UsageError
+
+__all__ = ["KernelSettings", "compare_kernels"]
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What all networks of a comparison have in common.
+
+    Attributes:
+        data: a name in `perron.data.DATA_MODULES`.
+        activation, sa: of the equilibrium network; sb is 1 - sa.
+        images: training images of the read-out, at most; a tenth more for validation.
+        kernel_images: images on which the kernels are compared.
+    """
+
+    data: str = "digits"
+    activation: str = "tanh"
+    sa: float = 0.3
+    images: int = 8000
+    kernel_images: int = 1000
+
+    @property
+    def folder(self) -> str:
+        """The name of the results."""
+        return f"{self.data}-{self.activation}-sa-{self.sa:g}-{self.images}-images"
+
+
+def _splits(data: ImageData, settings: KernelSettings) -> dict[str, Split]:
+    """Training, validation and test data, by the training images' mean and of unit norm."""
+    data.setup("fit")
+    data.setup("test")
+    images = data.splits["train"].tensors[0][: settings.images]
+    mean = images.flatten(1).double().mean(0)
+    counts = {"train": settings.images, "validation": max(settings.images // 10, 1), "test": None}
+    parts = {name: [t[:count] for t in data.splits[name].tensors] for name, count in counts.items()}
+    return {name: Split(normalised(x, mean), y) for name, (x, y) in parts.items()}
+
+
+def compare_kernels(
+    settings: KernelSettings,
+    widths: Sequence[int],
+    seeds: int,
+    root: Path,
+    *,
+    data_dir: str | None = None,
+    write: Callable[[str], None] = print,
+) -> str:
+    """Read out the features of every model, width and seed that has no result yet; write the page, return the table.
+
+    Args:
+        settings: common to all.
+        widths: of the networks.
+        seeds: how many, from 0; they draw the weights.
+        root: folder of all runs; results go to kernels/<settings.folder> in it.
+        data_dir: folder of the data files.
+        write: takes a line of progress.
+
+    Raises:
+        UsageError: unknown data or activation, an unstable equilibrium, or numbers out of range.
+    """
+    if settings.data not in DATA_MODULES:
+        raise UsageError(f"unknown data {settings.data!r}; choose one of {', '.join(DATA_MODULES)}")
+    if seeds < 1 or not widths or min(widths) < 1 or min(settings.images, settings.kernel_images) < 20:
+        raise UsageError("seeds and widths must be at least 1, and images at least 20")
+    if not 0 <= settings.sa < 1:
+        raise UsageError(f"sa must be in [0, 1), sb being 1 - sa; got {settings.sa:g}")
+    try:
+        match = match_explicit(settings.activation, settings.sa, 1 - settings.sa)
+    except (UnstableError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    data = DATA_MODULES[settings.data](data_dir=data_dir)
+    splits = _splits(data, settings)
+    folder = root / "kernels" / settings.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write(
+        f"matched by {', '.join(map(str, match.activations))}; largest residual {float(match.residuals.abs().max()):.1e}"
+    )
+    found = spectra(splits["train"].X[: settings.kernel_images], match)
+    for name in MODELS[1:]:
+        write(f"{name}: kernel at a relative distance of {found.distance[name]:.5f}")
+    results = []
+    for width in widths:
+        for seed in range(seeds):
+            for model in MODELS:
+                path = folder / f"{model}-width-{width}-seed-{seed}.json"
+                if not path.is_file():
+                    generator = torch.Generator().manual_seed(seed)
+                    net = feature_map(model, match, splits["train"].X.shape[1], width, generator)
+                    measured = read_out(net, splits["train"], splits["validation"], splits["test"], len(data.classes))
+                    path.write_text(
+                        json.dumps({"model": model, "width": width, "seed": seed, **measured}, indent=1) + "\n"
+                    )
+                result = json.loads(path.read_text())
+                results.append(result)
+                write(
+                    f"{model}, width {width}, seed {seed}: test {result['test']:.2%}, "
+                    f"{1e6 * result['seconds per sample']:.0f} microseconds a sample"
+                )
+    (folder / "spectra.json").write_text(json.dumps(_as_lists(found)) + "\n")
+    facts = {**asdict(settings), "versions": f"perron {perron.__version__}, torch {torch.__version__}"}
+    page = write_kernels(folder / "report.html", results, found, match, facts)
+    return f"{text_table(results, found)}\npage: {page}"
+
+
+def _as_lists(found: Spectra) -> dict[str, object]:
+    def lists(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
+        return {name: t.tolist() for name, t in tensors.items()}
+
+    return {"eigenvalues": lists(found.eigenvalues), "distance": found.distance, "overlap": lists(found.overlap)}
