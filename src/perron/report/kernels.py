@@ -69,9 +69,13 @@ def write_kernels(path: Path, results: Results, found: Spectra, match: Match, fa
         f"<div class='card'><p>Matched: {escape(layers)}. Relative residuals of the four equations: {residuals}.</p>"
         f"<p>Relative operator-norm distance to the kernel of the equilibrium network, at infinite width: {distances}. "
         "This is the judge: accuracies of all three agree, matched or not.</p></div>",
-        grid(svg(lambda axes: _spectra(axes, found)), svg(lambda axes: _differences(axes, found))),
-        grid(svg(lambda axes: _accuracy(axes, results)), svg(lambda axes: _times(axes, results))),
-        grid(svg(lambda axes: _overlap(axes, found))),
+        grid(
+            svg(lambda axes: _spectra(axes, found)),
+            svg(lambda axes: _differences(axes, found)),
+            svg(lambda axes: _overlap(axes, found)),
+            svg(lambda axes: _accuracy(axes, results)),
+            svg(lambda axes: _times(axes, results)),
+        ),
         html_table(_COLUMNS, _groups(results)),
     ]
     return write_page(path, "An equilibrium network and its explicit equivalent", "".join(parts))
@@ -89,16 +93,16 @@ def _differences(axes: Axes, found: Spectra) -> None:
     for name in MODELS[1:]:
         apart = (found.eigenvalues[name] / found.eigenvalues["implicit"] - 1).abs().clamp_min(1e-16)
         axes.plot(range(1, len(apart) + 1), apart, ".", markersize=3, label=name)
-    axes.set(title="Eigenvalues, relative to the implicit ones", xlabel="number", xscale="log", yscale="log")
+    axes.set(title="Their differences", xlabel="number", xscale="log", yscale="log")
     axes.set_ylabel("|ratio - 1|")
     axes.legend(fontsize=8)
 
 
 def _overlap(axes: Axes, found: Spectra) -> None:
     for name in MODELS[1:]:
-        values = found.overlap[name]
-        axes.plot(range(1, len(values) + 1), values, "o-", label=name)
-    axes.set(title="Leading eigenvectors: |cosine| with the implicit ones", xlabel="number", ylim=(0, 1.05))
+        apart = (1 - found.overlap[name]).clamp_min(1e-16)
+        axes.plot(range(1, len(apart) + 1), apart, "o-", label=name)
+    axes.set(title="Leading eigenvectors", xlabel="number", ylabel="1 - |cosine|", yscale="log")
     axes.legend(fontsize=8)
 
 
