@@ -101,7 +101,7 @@ def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _kernels(arguments: argparse.Namespace) -> str:
-    from perron.training.kernels import KernelSettings, compare_kernels
+    from perron.training.equivalents import KernelSettings, compare_kernels
     from perron.training.run import UsageError
 
     try:

@@ -74,7 +74,7 @@ def hard_tanh(scale: Number, limit: Number) -> ScalarFunction:
         raise ValueError(f"scale must be finite and limit positive and finite, got {scale} and {limit}")
     return ScalarFunction(
         f"hard_tanh({scale:.9g}, {limit:.9g})",
-        lambda x: scale * x.clamp(-limit, limit),  # type: ignore[arg-type]
+        lambda x: scale * x.clamp(-limit, limit),  # type: ignore[arg-type, operator]
         lambda x: scale * (x.abs() < limit).to(x),
         kinks=(-limit, limit),
     )

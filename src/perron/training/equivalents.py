@@ -14,7 +14,7 @@ import perron
 from perron.data import DATA_MODULES, ImageData
 from perron.kernels import UnstableError, match_explicit
 from perron.kernels.readout import MODELS, Spectra, Split, feature_map, normalised, read_out, spectra
-from perron.report.kernels import text_table, write_kernels
+from perron.report.equivalents import text_table, write_kernels
 from perron.training.run import UsageError
 
 __all__ = ["KernelSettings", "compare_kernels"]

@@ -1,7 +1,7 @@
 import pytest
 
 from perron.cli import main
-from perron.training.kernels import KernelSettings, compare_kernels
+from perron.training.equivalents import KernelSettings, compare_kernels
 from perron.training.run import UsageError
 
 QUICK = KernelSettings(images=100, kernel_images=60)
