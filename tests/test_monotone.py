@@ -373,7 +373,7 @@ def test_adjoint_bound_of_any_candidate_and_any_enclosure(seed: int, activation:
     truth = exact(weight, activation, b)
     g = adjoint(weight, activation, truth, b, v)
     ends = truth - width * torch.rand(3, n, generator=generator, dtype=torch.float64), truth + width
-    proof = _MonotoneProof(chain, b, (ends[0] - 1e-13, ends[1] + 1e-13))
+    proof = _MonotoneProof(chain, b, (ends[0] - 1e-13, ends[1] + 1e-13), margin(chain))
     for z in (*ends, truth):
         for candidate in (g + 1e-3 * far, far, adjoint(weight, activation, z, b, v)):
             _, bound = proof.judge(z, candidate, v)
@@ -385,7 +385,7 @@ def test_adjoint_bound_in_closed_form() -> None:
     """sigma = identity, W = 1 - m: the error is |r|/m, and 1 + |W|/m is 1/m."""
     chain = trace(layer(torch.full((1, 1), 0.9, dtype=torch.float64), "identity").cell)
     b, v, c = torch.ones(1, 1).double(), torch.ones(1, 1).double(), torch.full((1, 1), 9.0).double()
-    _, bound = _MonotoneProof(chain, b, (b - 1, b + 1)).judge(b, c, v)
+    _, bound = _MonotoneProof(chain, b, (b - 1, b + 1), margin(chain)).judge(b, c, v)
     assert 1 / 9 <= float(bound) <= 1 / 9 * (1 + 1e-9)
 
 

@@ -195,6 +195,10 @@ def test_approximate_gradients_do_not_touch_the_value_or_its_proof(gradient):
 def test_wrong_gradients_are_refused():
     with pytest.raises(ValueError, match="gradient must be"):
         _layer(gradient="exact")
+    layer = _layer()
+    with pytest.raises(ValueError, match="gradient must be"):
+        layer.gradient = "phantom"
+    assert layer.gradient == "implicit"
     for options in ({"steps": 0}, {"damping": 0.0}, {"damping": 1.5}):
         with pytest.raises(ValueError, match="damping"):
             Phantom(**options)

@@ -15,6 +15,7 @@ from perron.kernels.matching import Match, MatchWarning, match_explicit
 from perron.kernels.mixture import GaussianMixture, MixtureSample, spectral_equivalent
 from perron.kernels.moments import Moments, gaussian_moments
 from perron.kernels.networks import ExplicitEquivalent, GaussianEquilibrium, compile_explicit
+from perron.kernels.process import Prediction, Process
 from perron.kernels.state import EquilibriumState, UnstableError, solve_state
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "MatchWarning",
     "MixtureSample",
     "Moments",
+    "Prediction",
+    "Process",
     "ScalarFunction",
     "UnstableError",
     "ck_coefficients",

@@ -97,8 +97,6 @@ class Equilibrium(nn.Module):
         gradient: Gradient = "implicit",
     ) -> None:
         super().__init__()
-        if gradient not in ("implicit", "jacobian_free") and not isinstance(gradient, Phantom):
-            raise ValueError(f"gradient must be 'implicit', 'jacobian_free' or a Phantom, got {gradient!r}")
         if not 0 <= warm_start < 1:
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
         if injection not in ("softplus", "relu", "given", "free"):
@@ -108,10 +106,21 @@ class Equilibrium(nn.Module):
         self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
         self.warm_start = warm_start
-        self.gradient: Gradient = gradient
+        self.gradient = gradient
         self._observers: list[Callable[[State], None]] = []
         # A guess, not a part of the model: it is neither saved nor does it change what is proven.
         self.register_buffer("mean", None, persistent=False)
+
+    @property
+    def gradient(self) -> Gradient:
+        """How the layer is differentiated; may be assigned."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, gradient: Gradient) -> None:
+        if gradient not in ("implicit", "jacobian_free") and not isinstance(gradient, Phantom):
+            raise ValueError(f"gradient must be 'implicit', 'jacobian_free' or a Phantom, got {gradient!r}")
+        self._gradient = gradient
 
     def forward(self, x: Tensor, *, z0: Tensor | None = None) -> Tensor:
         """The fixed point, (batch, ...), with its implicit derivatives.

@@ -164,8 +164,8 @@ def adjoint_in_steps(
         return found.value, solution, found.measure
     proof = (_Proof if structure == "concave" else _SignedProof)(map, injection, bounds, model, fixed)
     contracts = proof.kappa < 1
-    if structure == "contracting" and margin(map) > 0 and not bool(contracts.all()):
-        return _solve_monotone(problem, _MonotoneProof(map, injection, bounds), z, tol, steps)
+    if structure == "contracting" and not bool(contracts.all()) and (least := margin(map)) > 0:
+        return _solve_monotone(problem, _MonotoneProof(map, injection, bounds, least), z, tol, steps)
     room = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
     # Where no kappa was found the plain sum of entries serves to stop.
     weights = torch.where(per_sample(contracts, v), proof.weights.to(v.dtype), 1.0)
@@ -335,7 +335,7 @@ class _MonotoneProof:
     says m |y|^2 <= <(I - W^T) y, y> + <(1/D* - 1) y, y> = <r, y>, hence |e| <= (1 + |W|/m) |r|.
     """
 
-    def __init__(self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], least: float) -> None:
         plain = chain.to(torch.float64).plainly()
         assert plain is not None
         self.exact, self.injection = plain, injection.double()
@@ -346,7 +346,7 @@ class _MonotoneProof:
         step = plain.steps[0]
         assert isinstance(step, AffineStep)
         self.step, self.norm = step, step.norm()
-        self.amplification = (1 + self.norm / margin(plain)) * (1 + 1e-12)
+        self.amplification = (1 + self.norm / least) * (1 + 1e-12)
 
     def judge(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(batch,) the relative residual of a candidate, and the bound on |candidate - g*| / |candidate|."""
