@@ -464,7 +464,7 @@ class MonotoneConvolutionStep(AffineStep):
 
 @dataclass(frozen=True)
 class MaskStep(AffineStep):
-    """A is diagonal, with the entries 0 and `scale`; `weights` holds the diagonal of every sample, (batch, ...)."""
+    """A is diagonal, with entries from 0 to at most `scale`; `weights` holds the diagonal of every sample, (batch, ...)."""
 
     scale: float
 
@@ -484,7 +484,7 @@ class MaskStep(AffineStep):
 
     def row_sums(self) -> Tensor:
         # Of every mask, not of the one that was drawn.
-        return torch.full((), self.scale)
+        return torch.full((), self.scale, dtype=torch.float64)
 
     @property
     def per_sample(self) -> bool:

@@ -144,7 +144,8 @@ class VariationalDropout(nn.Module):
     def step(self) -> MaskStep:
         """The last masks; without entries before the first batch."""
         mask = torch.empty(0) if self.mask is None else self.mask
-        return MaskStep((mask,), None, 1 / (1 - self.p))
+        # A little more than 1/(1 - p), which float32 may have rounded up.
+        return MaskStep((mask,), None, (1 + 2**-20) / (1 - self.p))
 
     def forward(self, v: Tensor) -> Tensor:
         return self.step()(v) if self.active else v

@@ -97,6 +97,14 @@ def test_share_and_scale_of_the_masks():
     assert torch.allclose(dropout.mask[dropout.mask > 0], torch.tensor(1 / 0.7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.7, 0.9])
+def test_the_bound_of_the_masks_covers_their_rounding(p: float, dtype: torch.dtype) -> None:
+    dropout = VariationalDropout(p)
+    dropout.draw(torch.empty(50, 50, dtype=dtype))
+    assert float(dropout.step().row_sums().double()) >= float(dropout.mask.double().max())
+
+
 def test_certificates_hold_for_every_mask():
     bounded = _layer()
     assert bounded.certificate()
