@@ -178,7 +178,7 @@ def implicit_kernels(
     correlation = _correlation(gram)
     dual = Dual(state.phi, q, state.shift, correlation)
     solver = Auto(tol=_TOL, max_steps=_STEPS, verify=None)
-    steps, residual, parts, slopes = 0, 0.0, [], []
+    steps, residual, ck, slopes = 0, 0.0, torch.empty_like(gram), torch.empty_like(gram)
     frozen = Dual(state.phi, q.detach(), state.shift.detach(), correlation) if q.requires_grad else dual
     cell = _Rows(frozen, state.sa.detach())
     count = len(x)
@@ -196,8 +196,8 @@ def implicit_kernels(
         own = torch.nn.functional.one_hot(rows, count).bool()
         found = h.detach().abs() / (q.detach()[rows, None] * q.detach()).sqrt()
         correlation = max(correlation, float(found.masked_fill(own, 0.0).max()))
-        parts.append(torch.where(own, dual.second, dual(rows, h)))
-        slopes.append(torch.where(own, dual.energy, dual.of_slope(rows, h)))
+        ck[rows] = torch.where(own, dual.second, dual(rows, h))
+        slopes[rows] = torch.where(own, dual.energy, dual.of_slope(rows, h))
     truncation = dual.error_at(correlation)
     if truncation > 1e-6:
         warnings.warn(
@@ -205,7 +205,7 @@ def implicit_kernels(
             f"(correlation {correlation:.4f})",
             stacklevel=2,
         )
-    return ImplicitKernels(torch.cat(parts), torch.cat(slopes), gram, state, steps, residual, truncation)
+    return ImplicitKernels(ck, slopes, gram, state, steps, residual, truncation)
 
 
 def implicit_ck(X: Tensor, activation: str | ScalarFunction, sa: float | Tensor, sb: float | Tensor) -> Tensor:
@@ -253,13 +253,13 @@ def explicit_kernels(
         phi = scalar_function(given)
         q, moments = g.diagonal(), gaussian_moments(phi, tau2)
         dual = Dual(phi, q, moments.mean, _correlation(g))
-        values, slopes = [], []
+        values, slopes = torch.empty_like(g), torch.empty_like(g)
         for rows in _blocks(len(x), x.device):
             own = torch.nn.functional.one_hot(rows, len(x)).bool()
-            values.append(torch.where(own, dual.second, dual(rows, g[rows])))
-            slopes.append(torch.where(own, dual.energy, dual.of_slope(rows, g[rows])))
-        g = torch.cat(values)
-        tangent = g + torch.cat(slopes) * tangent
+            values[rows] = torch.where(own, dual.second, dual(rows, g[rows]))
+            slopes[rows] = torch.where(own, dual.energy, dual.of_slope(rows, g[rows]))
+        g = values
+        tangent = g + slopes * tangent
         tau2 = moments.second
     return g, tangent
 
