@@ -46,11 +46,12 @@ def reference(chain: Chain, b: Tensor) -> tuple[Tensor, Tensor]:
     z = low
     for _ in range(30):
         z = torch.maximum(z + torch.linalg.solve(system(z), chain(z, b) - z), low)
+    settled = ((chain(z, b) - z).abs() <= 1e-14 * z).all(1, keepdim=True)
+    z = torch.where(settled, z, low)
     for _ in range(200_000):
         if bool(((chain(z, b) - z).abs() <= 1e-14 * z).all()):
             break
-        unsettled = ((chain(z, b) - z).abs() > 1e-14 * z).any(1, keepdim=True)
-        z = torch.where(unsettled, torch.where(z > 10 * low, low, chain(z, b)), z)
+        z = torch.where(settled, z, chain(z, b))
     residual = (chain(z, b) - z).abs()
     if not bool((residual <= 1e-10 * z).all()):
         raise RuntimeError("the reference itself did not converge")
