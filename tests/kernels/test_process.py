@@ -90,6 +90,8 @@ def test_misuse_and_heavy_tails() -> None:
         Process(k, y[:3], noise=0.1)
     with pytest.raises(ValueError, match="finite"):
         Process(k, torch.where(y > 0, y, torch.nan), noise=0.1)
+    with pytest.raises(ValueError, match="symmetric"):
+        Process(k + torch.triu(torch.ones(12, 12), 1), y, noise=0.1)
     with pytest.raises(ValueError, match="positive definite"):
         Process(-k, y, noise=0.1)
     with pytest.raises(ValueError, match="cross must be"):

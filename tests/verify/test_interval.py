@@ -13,6 +13,7 @@ from perron.nn import (
     PlainLinear,
     PositiveConcaveLinear,
     SubhomogeneousLinear,
+    VariationalDropout,
 )
 from perron.solvers import Auto
 from perron.verify import Interval, certify_classes, propagate
@@ -121,6 +122,16 @@ def test_injections_outside_of_the_domain_have_no_bounds() -> None:
     assert box.upper[1].isnan().all()
     with pytest.raises(Refusal, match="not certified"):
         propagate(PlainLinear(5, 5, initial_radius=9.0, **EXACT), Interval(b, b))
+
+
+def test_dropout_in_a_cell_is_refused_in_training_only() -> None:
+    inside = PositiveConcaveLinear(3, 3).cell
+    layer = Equilibrium(nn.Sequential(VariationalDropout(0.5), *inside), injection="softplus")
+    x = torch.rand(2, 3)
+    layer(x)
+    with pytest.raises(Refusal, match="dropout"):
+        propagate(layer, Interval(x, x))
+    assert propagate(layer.eval(), Interval(x, x)).lower.isfinite().all()
 
 
 def test_classes() -> None:

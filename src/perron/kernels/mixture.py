@@ -75,9 +75,8 @@ class GaussianMixture:
         p = self.means.shape[1]
         labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         noise = torch.randn(len(labels), p, dtype=torch.float64, generator=generator)
-        noise = (
-            torch.einsum("nij,nj->ni", self.roots[labels], noise) if len(labels) < 64 else self._coloured(labels, noise)
-        )
+        # The samples are in the order of their classes.
+        noise = torch.cat([noise[labels == k] @ root for k, root in enumerate(self.roots)])
         shares = torch.tensor(counts, dtype=torch.float64) / len(labels)
         traces = torch.einsum("kii->k", self.covariances)
         mean_trace = shares @ traces
@@ -89,10 +88,6 @@ class GaussianMixture:
             torch.einsum("aij,bji->ab", self.covariances, self.covariances) / p,
             noise.square().sum(1) / p - traces[labels] / p,
         )
-
-    def _coloured(self, labels: Tensor, noise: Tensor) -> Tensor:
-        parts = [noise[labels == k] @ root for k, root in enumerate(self.roots)]
-        return torch.cat(parts)
 
 
 def _root(covariance: Tensor, number: int) -> Tensor:

@@ -89,6 +89,8 @@ class Process:
         k, self.y = kernel.double(), y.double().reshape(len(y), -1)
         if not bool(torch.isfinite(k).all() and torch.isfinite(self.y).all()):
             raise ValueError("kernel and y must be finite")
+        if not torch.allclose(k, k.t(), rtol=1e-6, atol=1e-9 * float(k.abs().max())):
+            raise ValueError("the kernel must be symmetric; only half of it would be looked at")
         self.noise, self.shape, self.rate = noise, shape, rate
         system = k + noise * torch.eye(len(k), dtype=k.dtype, device=k.device)
         self.factor, info = torch.linalg.cholesky_ex(system)

@@ -77,6 +77,10 @@ def _equilibrium(layer: Equilibrium, box: Interval) -> Interval:
     if not certificate:
         raise Refusal(f"an equilibrium layer is not certified: {certificate.refusal}")
     assert isinstance(map, Chain)
+    if map.per_sample:
+        raise Refusal(
+            "dropout inside a cell makes another map of every sample in training mode; call model.eval() first"
+        )
     inner = getattr(layer, "input", None)
     injections = _injections(layer, box if inner is None else _affine(inner, box))
     solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
