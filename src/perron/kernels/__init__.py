@@ -2,6 +2,7 @@
 
 from perron.kernels.activations import ScalarFunction, clip_abs, hard_tanh, scalar_function, transformed, two_slopes
 from perron.kernels.coefficients import KernelCoefficients, ck_coefficients, explicit_coefficients, ntk_coefficients
+from perron.kernels.depth import DepthLimit, deep_classify, deep_ntk, depth_limit, optimal_activation
 from perron.kernels.kernels import (
     ImplicitKernels,
     explicit_ck,
@@ -19,6 +20,7 @@ from perron.kernels.process import Prediction, Process
 from perron.kernels.state import EquilibriumState, UnstableError, solve_state
 
 __all__ = [
+    "DepthLimit",
     "EquilibriumState",
     "ExplicitEquivalent",
     "GaussianEquilibrium",
@@ -36,6 +38,9 @@ __all__ = [
     "ck_coefficients",
     "clip_abs",
     "compile_explicit",
+    "deep_classify",
+    "deep_ntk",
+    "depth_limit",
     "explicit_ck",
     "explicit_coefficients",
     "explicit_kernels",
@@ -47,6 +52,7 @@ __all__ = [
     "implicit_ntk",
     "match_explicit",
     "ntk_coefficients",
+    "optimal_activation",
     "scalar_function",
     "solve_state",
     "spectral_equivalent",

@@ -126,6 +126,7 @@ _NAMED: dict[str, ScalarFunction] = {
     f.name: f
     for f in (
         ScalarFunction("linear", lambda x: x, torch.ones_like, slopes=(1.0, 1.0)),
+        ScalarFunction("abs", torch.abs, torch.sign, (0.0,), (1.0, -1.0)),
         ScalarFunction("relu", torch.relu, lambda x: (x > 0).to(x), (0.0,), (1.0, 0.0)),
         ScalarFunction("tanh", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
         ScalarFunction("sigmoid", torch.sigmoid, _sigmoid_slope),
@@ -139,7 +140,7 @@ _NAMED: dict[str, ScalarFunction] = {
 
 
 def scalar_function(given: str | ScalarFunction) -> ScalarFunction:
-    """A function by its name: linear, relu, "leaky_relu(0.2)", tanh, sigmoid, erf, swish, gelu, softplus or hard_tanh.
+    """A function by its name: linear, abs, relu, "leaky_relu(0.2)", tanh, sigmoid, erf, swish, gelu, softplus or hard_tanh.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.

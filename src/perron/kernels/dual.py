@@ -7,6 +7,7 @@ Mehler expansion in Hermite polynomials (Daniely, Frostig, Singer 2016), with a 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -64,6 +65,17 @@ class Dual:
     def error_at(self, correlation: float) -> float:
         """Bound on the error of an entry with at most this correlation."""
         return 0.0 if self.closed else self.rest * min(correlation, 1.0) ** self.values.shape[1]
+
+    def warn_of_truncation(self, correlation: float) -> float:
+        """`error_at`, with a warning where it is not small."""
+        error = self.error_at(correlation)
+        if error > 1e-6:
+            warnings.warn(
+                f"the kernel of {self.phi.name} is only known to {error:.2g} an entry: some inputs are nearly the same "
+                f"(correlation {correlation:.4f})",
+                stacklevel=3,
+            )
+        return error
 
     def __call__(self, rows: Tensor, h: Tensor) -> Tensor:
         """(rows, n) E phi(u_i) phi(v_j) for these rows and all columns; entries i = j are right only up to rounding."""

@@ -11,7 +11,6 @@ tangent kernel is (G + sb D o S)/(1 - sa D).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +28,7 @@ from perron.solvers import Auto, FixedPointProblem
 __all__ = [
     "ImplicitKernels",
     "Trained",
+    "check_inputs",
     "explicit_ck",
     "explicit_kernels",
     "explicit_ntk",
@@ -94,7 +94,8 @@ class _Rows(nn.Module):
         return torch.cat([h, torch.zeros_like(x[:, -1:])], 1) + x
 
 
-def _check(x: Tensor) -> Tensor:
+def check_inputs(x: Tensor) -> Tensor:
+    """float64; refuses what is not a finite (samples, features) matrix without zero rows."""
     if x.dim() != 2 or not x.is_floating_point() or not x.numel():
         raise ValueError(f"X must be (samples, features), floating point and not empty, got {x.dtype} {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):
@@ -170,7 +171,7 @@ def implicit_kernels(
     Warns:
         UserWarning: the expansion of the dual activation leaves more than 1e-6.
     """
-    x = _check(X)
+    x = check_inputs(X)
     gram = x @ x.t()
     state = solve_state(activation, sa, sb, gram.diagonal().mean().sqrt())
     q = _diagonal(state, state.sb * gram.diagonal())
@@ -198,13 +199,7 @@ def implicit_kernels(
         correlation = max(correlation, float(found.masked_fill(own, 0.0).max()))
         ck[rows] = torch.where(own, dual.second, dual(rows, h))
         slopes[rows] = torch.where(own, dual.energy, dual.of_slope(rows, h))
-    truncation = dual.error_at(correlation)
-    if truncation > 1e-6:
-        warnings.warn(
-            f"the kernel of {state.phi.name} is only known to {truncation:.2g} an entry: some inputs are nearly the same "
-            f"(correlation {correlation:.4f})",
-            stacklevel=2,
-        )
+    truncation = dual.warn_of_truncation(correlation)
     return ImplicitKernels(ck, slopes, gram, state, steps, residual, truncation)
 
 
@@ -243,7 +238,7 @@ def explicit_kernels(
     Raises:
         ValueError: X is not a finite matrix without zero rows, no activation, or an unknown one.
     """
-    x = _check(X)
+    x = check_inputs(X)
     if not activations:
         raise ValueError("an explicit network needs at least one activation")
     g = x @ x.t()
