@@ -13,6 +13,7 @@ from perron.kernels.kernels import (
     implicit_ntk,
 )
 from perron.kernels.matching import Match, MatchWarning, match_explicit
+from perron.kernels.mean_field import MeanField, mean_field
 from perron.kernels.mixture import GaussianMixture, MixtureSample, spectral_equivalent
 from perron.kernels.moments import Moments, gaussian_moments
 from perron.kernels.networks import ExplicitEquivalent, GaussianEquilibrium, compile_explicit
@@ -29,6 +30,7 @@ __all__ = [
     "KernelCoefficients",
     "Match",
     "MatchWarning",
+    "MeanField",
     "MixtureSample",
     "Moments",
     "Prediction",
@@ -51,6 +53,7 @@ __all__ = [
     "implicit_kernels",
     "implicit_ntk",
     "match_explicit",
+    "mean_field",
     "ntk_coefficients",
     "optimal_activation",
     "scalar_function",
