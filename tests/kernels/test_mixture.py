@@ -7,6 +7,7 @@ from perron.kernels import (
     GaussianMixture,
     ck_coefficients,
     explicit_ck,
+    explicit_coefficients,
     implicit_kernels,
     match_explicit,
     ntk_coefficients,
@@ -47,6 +48,62 @@ def test_kernels_approach_their_structured_form(name: str) -> None:
     for early, late in zip(*errors, strict=True):
         assert late < 0.72 * early
     assert errors[1][0] < 0.3
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "swish"])
+def test_refined_forms_follow_the_norms(name: str) -> None:
+    """Without labels, of all three kernels: nearer, and faster than the root of the dimension."""
+    errors = []
+    for p in (100, 400):
+        sample = classes(p)
+        found = implicit_kernels(sample.X, name, 0.3, 0.7)
+        row = []
+        for kernel, coefficients in (
+            (found.ck, ck_coefficients(found.state)),
+            (found.ntk("Av"), ntk_coefficients(found.state, "Av")),
+            (found.ntk("ABv"), ntk_coefficients(found.state, "ABv")),
+        ):
+            plain, refined = (
+                distance(kernel, spectral_equivalent(coefficients, sample.X, refined=r)) for r in (False, True)
+            )
+            assert refined < 0.45 * plain
+            row.append(refined)
+        errors.append(row)
+    for early, late in zip(*errors, strict=True):
+        assert late < 0.45 * early
+    explicit, _ = explicit_coefficients([name], 1.0)
+    with pytest.raises(ValueError, match="only coefficients of equilibrium"):
+        spectral_equivalent(explicit, sample.X, refined=True)
+
+
+def test_slopes_of_the_coefficients() -> None:
+    """Against finite differences: kernels of two inputs whose norms change, the network's tau and shift fixed."""
+    e1, e2 = torch.eye(2, 3, dtype=torch.float64)
+    step, cosine = 1e-4, 1e-3
+    for name in ("tanh", "swish"):
+        state = solve_state(name, 0.3, 0.7, 1.0)
+        for trained in (None, "Av", "ABv"):
+            coefficients = ck_coefficients(state) if trained is None else ntk_coefficients(state, trained)
+            diagonals, grams = [], []
+            for sign in (-1, 1):
+                first = math.sqrt(1 + sign * step) * e1
+                second = cosine * e1 + math.sqrt(1 - cosine**2) * e2
+                # The mean squared norm stays 1.
+                third = torch.tensor([0, 0, math.sqrt(1 - sign * step)], dtype=torch.float64)
+                found = implicit_kernels(torch.stack([first, second, third]), name, 0.3, 0.7)
+                kernel = found.ck if trained is None else found.ntk(trained)
+                diagonals.append(float(kernel[0, 0]))
+                # An odd function of the correlation but for what does not depend on it.
+                mirrored = implicit_kernels(torch.stack([first, -second, third]), name, 0.3, 0.7)
+                against = mirrored.ck if trained is None else mirrored.ntk(trained)
+                product = float(first @ second)
+                grams.append(float(kernel[0, 1] - against[0, 1]) / (2 * product))
+            assert (diagonals[1] - diagonals[0]) / (2 * step) == pytest.approx(
+                float(coefficients.diagonal_slope), rel=1e-4
+            )
+            assert (grams[1] - grams[0]) / (2 * step) == pytest.approx(
+                float(coefficients.gram_slope), rel=1e-2, abs=1e-8
+            )
 
 
 def test_matched_kernels_are_nearer_than_unmatched_ones() -> None:

@@ -8,15 +8,16 @@ Source: Ling et al., ICML 2024 (arXiv 2402.02697), theorems 1 to 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from perron.kernels.activations import ScalarFunction, scalar_function
 from perron.kernels.kernels import Trained
-from perron.kernels.moments import gaussian_moments
+from perron.kernels.moments import gaussian_moments, hermite_coefficients
 from perron.kernels.state import EquilibriumState
 
 __all__ = ["KernelCoefficients", "ck_coefficients", "explicit_coefficients", "ntk_coefficients"]
@@ -30,6 +31,9 @@ class KernelCoefficients:
         a1, a2, a3: coefficients.
         diagonal: what the entries of the diagonal are about.
         tau0: root mean squared norm of the inputs.
+        diagonal_slope: derivative of an entry of the diagonal with respect to the squared norm of its input.
+        gram_slope: derivative of a1 with respect to the squared norm of one of both inputs. Both slopes are known of
+            equilibrium networks only; the norms' fluctuations make the largest error where they are left out.
     """
 
     a1: Tensor
@@ -37,6 +41,8 @@ class KernelCoefficients:
     a3: Tensor
     diagonal: Tensor
     tau0: Tensor
+    diagonal_slope: Tensor | None = None
+    gram_slope: Tensor | None = None
 
     def as_tensor(self) -> Tensor:
         """(4,) a1, a2, a3 and the diagonal."""
@@ -53,7 +59,22 @@ def ck_coefficients(state: EquilibriumState) -> KernelCoefficients:
         g2 * state.h1**2 / (2 * kept),
         m.second,
         state.tau0,
+        m.spread * state.h4,
+        state.sb / kept**2 * _slope_of_g1(state),
     )
+
+
+def _slope_of_g1(state: EquilibriumState) -> Tensor:
+    """How the product of E phi' of two inputs changes with the squared norm of one: half E phi' times E of the third."""
+    third = hermite_coefficients(state.phi, state.tau2, 4)[..., 3] * math.sqrt(6) / state.tau2**1.5
+    return state.moments.slope * third * state.h4 / 2
+
+
+def _slope_of_energy(state: EquilibriumState) -> Tensor:
+    """How E phi'^2 changes with the squared norm of the input."""
+    phi = state.phi
+    square = replace(phi, value=lambda x: phi.slope(x) ** 2, slope=torch.zeros_like)
+    return gaussian_moments(square, state.tau2).curvature / 2 * state.h4
 
 
 def ntk_coefficients(state: EquilibriumState, trained: Trained = "Av") -> KernelCoefficients:
@@ -71,7 +92,14 @@ def ntk_coefficients(state: EquilibriumState, trained: Trained = "Av") -> Kernel
     b1 = (ck.a1 + of_input * g1) / kept
     b3 = (ck.a3 + of_input * g2 * state.h1 + b1 * sa * g2 * state.h1) / kept
     diagonal = (m.second + of_input * m.energy * state.tau0**2) / (1 - sa * m.energy)
-    return KernelCoefficients(b1, ck.a2 / kept, b3, diagonal, state.tau0)
+    energy_slope = _slope_of_energy(state)
+    diagonal_slope = (
+        m.spread * state.h4 + of_input * (m.energy + energy_slope * state.tau0**2) + diagonal * sa * energy_slope
+    ) / (1 - sa * m.energy)
+    # Of g1 h1/(1 - sa g1), and with the input's weights of g1 (h1 + sb)/(1 - sa g1).
+    of_g1 = state.sb * (1 + sa * g1) if trained == "Av" else 2 * state.sb
+    gram_slope = of_g1 / kept**3 * _slope_of_g1(state)
+    return KernelCoefficients(b1, ck.a2 / kept, b3, diagonal, state.tau0, diagonal_slope, gram_slope)
 
 
 def explicit_coefficients(

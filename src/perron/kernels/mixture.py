@@ -98,7 +98,9 @@ def _root(covariance: Tensor, number: int) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
 
 
-def spectral_equivalent(coefficients: KernelCoefficients, X: Tensor, *, sample: MixtureSample | None = None) -> Tensor:
+def spectral_equivalent(
+    coefficients: KernelCoefficients, X: Tensor, *, sample: MixtureSample | None = None, refined: bool = False
+) -> Tensor:
     """(n, n) the structured matrix that the kernel with these coefficients approaches, in operator norm.
 
     Args:
@@ -106,25 +108,39 @@ def spectral_equivalent(coefficients: KernelCoefficients, X: Tensor, *, sample: 
         X: (n, p) inputs.
         sample: what is known of the mixture; without it fluctuations of norms stand for the classes' traces, and squared
             correlations for T, which is no worse.
+        refined: whether the diagonal and a1 follow the norms of the inputs: several times nearer.
 
     Raises:
-        ValueError: X is not a finite matrix.
+        ValueError: X is not a finite matrix, or refined of coefficients that do not know how they follow norms.
     """
     x = X.double()
     if x.dim() != 2 or not bool(torch.isfinite(x).all()):
         raise ValueError(f"X must be a finite (n, p) matrix, got shape {tuple(X.shape)}")
     gram = x @ x.t()
-    a1, a2, a3, tau0 = coefficients.a1, coefficients.a2, coefficients.a3, coefficients.tau0
-    if sample is None:
-        chi = gram.diagonal() - tau0**2
-        square = gram**2
-        structured = a2 * torch.outer(chi, chi) + a3 * (square - torch.diag(square.diagonal()))
-    else:
-        p = x.shape[1]
-        v = torch.cat([sample.J / p**0.5, sample.psi.unsqueeze(1)], 1)
-        t = sample.t.unsqueeze(1)
-        inner = torch.cat([a2 * t @ t.t() + a3 * sample.T, a2 * t], 1)
-        inner = torch.cat([inner, torch.cat([a2 * t.t(), a2.reshape(1, 1)], 1)])
-        structured = v @ inner @ v.t()
-    rest = coefficients.diagonal - a1 * tau0**2
-    return a1 * gram + structured + rest * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    a1, tau0 = coefficients.a1, coefficients.tau0
+    chi = gram.diagonal() - tau0**2
+    rest = (coefficients.diagonal - a1 * tau0**2).expand_as(chi)
+    structured = a1 * gram + (
+        _by_norms(coefficients, gram, chi) if sample is None else _by_classes(coefficients, sample)
+    )
+    if refined:
+        if coefficients.diagonal_slope is None or coefficients.gram_slope is None:
+            raise ValueError("only coefficients of equilibrium networks know how they follow the norms of inputs")
+        cross = coefficients.gram_slope * gram * (chi[:, None] + chi)
+        structured = structured + cross - torch.diag(cross.diagonal())
+        # a1 S is on the diagonal already.
+        rest = rest + (coefficients.diagonal_slope - a1) * chi
+    return structured + torch.diag(rest)
+
+
+def _by_norms(coefficients: KernelCoefficients, gram: Tensor, chi: Tensor) -> Tensor:
+    square = coefficients.a3 * gram**2 + coefficients.a2 * torch.outer(chi, chi)
+    return square - torch.diag(square.diagonal())
+
+
+def _by_classes(coefficients: KernelCoefficients, sample: MixtureSample) -> Tensor:
+    a2, a3, t = coefficients.a2, coefficients.a3, sample.t.unsqueeze(1)
+    v = torch.cat([sample.J / sample.X.shape[1] ** 0.5, sample.psi.unsqueeze(1)], 1)
+    inner = torch.cat([a2 * t @ t.t() + a3 * sample.T, a2 * t], 1)
+    inner = torch.cat([inner, torch.cat([a2 * t.t(), a2.reshape(1, 1)], 1)])
+    return v @ inner @ v.t()
