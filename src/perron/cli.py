@@ -85,37 +85,45 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "infinitely wide networks: an equilibrium beside its explicit equivalent, or what deep networks become"
+    topics = commands.add_parser("kernels", help=text, description=text).add_subparsers(dest="topic", required=True)
     text = "compare an equilibrium network with its explicit equivalent: kernels, read-outs, times; writes a page"
-    sub = commands.add_parser("kernels", help=text, description=text)
-    sub.add_argument(
-        "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10, svhn"
-    )
+    sub = topics.add_parser("compare", help=text, description=text)
     sub.add_argument("--activation", default="tanh", help="of the equilibrium: tanh (default), relu, swish, ...")
     sub.add_argument("--sa", type=float, default=0.3, help="variance of its recurrent weights (default %(default)s)")
-    sub.add_argument("--widths", default="32,128,512,2048", help="separated by commas (default %(default)s)")
+    sub.add_argument("--widths", type=_whole, default="32,128,512,2048", help="with commas (default %(default)s)")
     sub.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
     sub.add_argument("--images", type=int, default=8000, help="training images, at most (default %(default)s)")
     sub.add_argument("--kernel-images", type=int, default=1000, help="for the kernels (default %(default)s)")
-    sub.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+    text = "explicit networks at several depths, and which classifier each is in the limit; writes a page"
+    deep = topics.add_parser("depth", help=text, description=text)
+    deep.add_argument("--depths", type=_whole, default="1,4,16,64,256", help="with commas (default %(default)s)")
+    deep.add_argument("--images", type=int, default=2000, help="at most (default %(default)s)")
+    for topic in (sub, deep):
+        topic.add_argument("--data", default="digits", help="digits (default), mnist, fashion-mnist, cifar10, svhn")
+        topic.add_argument("--data-dir", help="folder of the data files (default $PERRON_DATA)")
+        topic.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
+
+
+def _whole(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"whole numbers separated by commas are needed, got {text!r}") from error
 
 
 def _kernels(arguments: argparse.Namespace) -> str:
-    from perron.training.equivalents import KernelSettings, compare_kernels
-    from perron.training.run import UsageError
+    common = {"data_dir": arguments.data_dir, "write": lambda line: print(line, flush=True)}
+    if arguments.topic == "depth":
+        from perron.training.depth import compare_depths
 
-    try:
-        widths = [int(w) for w in arguments.widths.split(",")]
-    except ValueError as error:
-        raise UsageError(f"widths must be whole numbers separated by commas, got {arguments.widths!r}") from error
-    return compare_kernels(
-        KernelSettings(arguments.target, arguments.activation, arguments.sa, arguments.images, arguments.kernel_images),
-        widths,
-        arguments.seeds,
-        arguments.runs,
-        data_dir=arguments.data_dir,
-        write=lambda line: print(line, flush=True),
+        return compare_depths(arguments.data, arguments.depths, arguments.runs, images=arguments.images, **common)
+    from perron.training.equivalents import KernelSettings, compare_kernels
+
+    settings = KernelSettings(
+        arguments.data, arguments.activation, arguments.sa, arguments.images, arguments.kernel_images
     )
+    return compare_kernels(settings, arguments.widths, arguments.seeds, arguments.runs, **common)
 
 
 def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:

@@ -14,7 +14,8 @@ def test_table_page_and_resumption(tmp_path) -> None:
     assert sum("microseconds" in line for line in lines) == 12
     folder = tmp_path / "kernels" / "digits-tanh-sa-0.3-100-images"
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
+    assert "to the power: implicit -0." in table
     assert "hard_tanh" in page
     path = folder / "implicit-width-16-seed-1.json"
     before = path.stat().st_mtime_ns
@@ -24,15 +25,18 @@ def test_table_page_and_resumption(tmp_path) -> None:
 
 def test_command_and_misuse(tmp_path, capsys) -> None:
     options = ["--runs", str(tmp_path), "--widths", "8", "--seeds", "1", "--images", "60", "--kernel-images", "30"]
-    assert main(["kernels", "--activation", "relu", *options]) == 0
+    command = ["kernels", "compare", *options]
+    assert main([*command, "--activation", "relu"]) == 0
     assert "relative operator-norm distance" in capsys.readouterr().out
-    assert main(["kernels", "--activation", "relu", "--sa", "3", *options]) == 2
+    assert main([*command, "--activation", "relu", "--sa", "3"]) == 2
     assert "[0, 1)" in capsys.readouterr().err
-    assert main(["kernels", "--activation", "linear", "--sa", "0.9999999999999999", *options]) == 2
+    assert main([*command, "--activation", "linear", "--sa", "0.9999999999999999"]) == 2
     assert "lower sa" in capsys.readouterr().err
-    assert main(["kernels", *options, "--widths", "a"]) == 2
+    assert main([*command, "--data", "letters"]) == 2
+    assert main([*command, "--activation", "cube"]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*command, "--widths", "a"])
     assert "whole numbers" in capsys.readouterr().err
-    assert main(["kernels", "letters", *options]) == 2
-    assert main(["kernels", "--activation", "cube", *options]) == 2
     with pytest.raises(UsageError, match="at least"):
         compare_kernels(QUICK, [], 1, tmp_path)

@@ -39,8 +39,10 @@ Classifier = Literal["majority vote", "singular kernel", "nearest neighbour"]
 _ZERO = 1e-12
 # psi is interpolated on [-_INNER, _INNER], which the iteration enters soon; its own singularities are at -1 and 1.
 _INNER, _NODES = 0.3, 32
-# Correlations for which so many terms of the series are exact.
-_SMALL, _TERMS = 0.05, 16
+# Up to these correlations so many terms of the series are exact.
+_SERIES = ((0.05, 16), (0.3, 36), (0.6, 84))
+# Entries that go through all layers together, few enough for a processor's cache.
+_BLOCK = 2**18
 # The largest correlation short of 1.
 _LARGEST = 1 - 1e-15
 _STEPS = 100_000
@@ -59,25 +61,36 @@ class _UnitDual:
         self.square = square
         self.energy = float(self.dual.energy) / square
         # Rounding errors of what vanishes would be all that is left of correlations that have become small.
-        coefficients = hermite_coefficients(phi, one, _TERMS)[0] / math.sqrt(square)
+        found = hermite_coefficients(phi, one, _SERIES[-1][1])[0] / math.sqrt(square)
         if centred:
-            coefficients[0] = 0
-        self.coefficients = torch.where(coefficients.abs() > _ZERO, coefficients, 0.0)
+            found[0] = 0
+        self.coefficients = torch.where(found.abs() > _ZERO, found, 0.0)
 
     def __call__(self, rho: Tensor) -> Tensor:
         return self._entries(self.dual, self.coefficients**2, rho)
 
     def of_slope(self, rho: Tensor) -> Tensor:
-        powers = torch.arange(1, _TERMS, dtype=torch.float64)
+        powers = torch.arange(1, len(self.coefficients), dtype=torch.float64)
         return self._entries(self.dual.of_slope, powers * self.coefficients[1:] ** 2, rho)
 
     def _entries(self, function: Callable[[Tensor, Tensor], Tensor], series: Tensor, rho: Tensor) -> Tensor:
-        rows = torch.zeros(rho.numel(), dtype=torch.long)
-        entries = function(rows, rho.reshape(-1, 1)).reshape(rho.shape) / self.square
-        near = torch.zeros_like(rho)
-        for c in series.flip(0):
-            near = near * rho + c
-        return torch.where(rho.abs() < _SMALL, near, entries)
+        """By the first terms of the series where they are enough, by the function elsewhere."""
+        size = rho.abs()
+        for below, terms in _SERIES:
+            if bool((size < below).all()):
+                return _horner(series[:terms], rho)
+        whole = (
+            function(torch.zeros(rho.numel(), dtype=torch.long), rho.reshape(-1, 1)).reshape(rho.shape) / self.square
+        )
+        below, terms = _SERIES[0]
+        return torch.where(size < below, _horner(series[:terms], rho), whole)
+
+
+def _horner(series: Tensor, x: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for c in series.flip(0):
+        total = torch.addcmul(c, total, x)
+    return total
 
 
 @dataclass(frozen=True)
@@ -256,15 +269,24 @@ def deep_ntk(rho: Tensor, activation: str | ScalarFunction, depth: int, *, centr
     if not bool((rho.abs() <= 1 + 1e-9).all()):
         raise ValueError("correlations must lie in [-1, 1]")
     rho = rho.double().clamp(-1, 1)
-    own = rho >= 1
     dual = _UnitDual(scalar_function(activation), centred, _nearest(rho))
     dual.dual.warn_of_truncation(_nearest(rho))
+    parts = [_tangent(dual, part, depth) for part in rho.flatten().split(_BLOCK)]
+    return torch.cat(parts).reshape(rho.shape) if parts else rho
+
+
+def _tangent(dual: _UnitDual, rho: Tensor, depth: int) -> Tensor:
+    own = rho >= 1
+    alone = torch.ones((), dtype=torch.float64)
+    # An input with itself would ask for the whole series in every layer.
+    rho = rho.masked_fill(own, 0.0)
     tangent = rho
     for _ in range(depth):
-        slope = torch.where(own, dual.energy, dual.of_slope(rho))
-        rho = torch.where(own, 1.0, dual(rho))
-        tangent = rho + slope * tangent
-    return tangent
+        tangent = dual.of_slope(rho) * tangent
+        rho = dual(rho)
+        tangent = tangent.add_(rho)
+        alone = 1 + dual.energy * alone
+    return torch.where(own, alone, tangent)
 
 
 def deep_classify(
@@ -290,7 +312,9 @@ def deep_classify(
     rho, own = _correlations(X, new), _correlations(X, X)
     _check_labels(X, y)
     own.fill_diagonal_(1.0)
-    kernel = deep_ntk(own, activation, depth, centred=centred)
+    upper = torch.triu_indices(len(own), len(own)).unbind()
+    kernel = torch.empty_like(own)
+    kernel[upper] = kernel.t()[upper] = deep_ntk(own[upper], activation, depth, centred=centred)
     scale = kernel.diagonal().mean()
     cross = deep_ntk(rho, activation, depth, centred=centred) / scale
     if not bool((cross.abs() > 1e-290).any(1).all()):

@@ -114,10 +114,10 @@ class Dual:
     def _series(self, coefficients: Tensor, rows: Tensor, h: Tensor) -> Tensor:
         """sum_k c_ik c_jk rho_ij^k, after Horner."""
         rho = (h / (self.variance[rows, None] * self.variance).sqrt()).clamp(-1, 1)
-        left, right = coefficients[self.which[rows]], coefficients[self.which]
         same = len(coefficients) == 1
+        left, right = (None, None) if same else (coefficients[self.which[rows]], coefficients[self.which])
         total = torch.zeros_like(rho)
         for k in range(coefficients.shape[1] - 1, -1, -1):
-            factor = coefficients[0, k] ** 2 if same else left[:, k, None] * right[:, k]
-            total = total * rho + factor
+            factor = coefficients[0, k] ** 2 if left is None or right is None else left[:, k, None] * right[:, k]
+            total = torch.addcmul(factor, total, rho)
         return total

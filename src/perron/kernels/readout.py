@@ -19,7 +19,7 @@ from perron.kernels.matching import Match
 from perron.kernels.networks import ExplicitEquivalent, GaussianEquilibrium
 from perron.solvers import Auto
 
-__all__ = ["MODELS", "Spectra", "Split", "feature_map", "normalised", "read_out", "spectra"]
+__all__ = ["MODELS", "Spectra", "Split", "feature_map", "kernel_distance", "normalised", "read_out", "spectra"]
 
 MODELS = ("implicit", "matched", "unmatched")
 
@@ -111,6 +111,15 @@ def read_out(
     }
 
 
+def kernel_distance(net: Callable[[Tensor], Tensor], X: Tensor, kernel: Tensor) -> float:
+    """Relative Frobenius norm of the difference between the features' Gram matrix and the kernel of infinite width.
+
+    Falls with the root of the width: one draw of a Monte Carlo estimate.
+    """
+    z = _features(net, X)
+    return float((z @ z.t() - kernel).norm() / kernel.norm())
+
+
 def _seconds(net: Callable[[Tensor], Tensor], X: Tensor) -> float:
     """Of the features of a sample in a batch: the least of several times, since whatever disturbs adds to it."""
     times = []
@@ -130,14 +139,16 @@ class Spectra:
     """The conjugate kernels of infinitely wide networks on one data set, compared.
 
     Attributes:
-        eigenvalues: by model, (n,) falling.
+        eigenvalues: by model, (n,) falling; the unmatched kernel scaled to the diagonal of the implicit one.
         distance: by model, operator norm of the difference to the implicit kernel, relative to it.
         overlap: by model, (top,) |cosine| between its leading eigenvectors and those of the implicit kernel.
+        kernels: by model, (n, n), not scaled: what its features approach.
     """
 
     eigenvalues: dict[str, Tensor]
     distance: dict[str, float]
     overlap: dict[str, Tensor]
+    kernels: dict[str, Tensor]
 
 
 def spectra(X: Tensor, match: Match, *, top: int = 10) -> Spectra:
@@ -154,13 +165,16 @@ def spectra(X: Tensor, match: Match, *, top: int = 10) -> Spectra:
     kernels = {
         "implicit": wanted,
         "matched": explicit_ck(X, match.activations),
-        "unmatched": plain * (wanted.diagonal().mean() / plain.diagonal().mean()),
+        "unmatched": plain,
     }
-    found = {name: torch.linalg.eigh(kernel) for name, kernel in kernels.items()}
+    # The unmatched features, too, may be scaled: a read-out does not see it.
+    scaled = {**kernels, "unmatched": plain * (wanted.diagonal().mean() / plain.diagonal().mean())}
+    found = {name: torch.linalg.eigh(kernel) for name, kernel in scaled.items()}
     leading = {name: vectors[:, -top:].flip(1) for name, (_, vectors) in found.items()}
     size = float(found["implicit"][0].abs().max())
     return Spectra(
         {name: values.flip(0) for name, (values, _) in found.items()},
-        {name: float(torch.linalg.eigvalsh(k - wanted).abs().max()) / size for name, k in kernels.items()},
+        {name: float(torch.linalg.eigvalsh(k - wanted).abs().max()) / size for name, k in scaled.items()},
         {name: (v * leading["implicit"]).sum(0).abs() for name, v in leading.items()},
+        kernels,
     )

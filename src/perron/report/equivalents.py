@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from html import escape
@@ -24,7 +25,8 @@ _COLUMNS: Columns = {
     "width": lambda r: f"{r[0]['width']:,}",
     "test accuracy": lambda r: spread([100 * x["test"] for x in r], lambda v: f"{v:.2f}") + " %",
     "seeds": lambda r: str(len(r)),
-    "microseconds a sample": lambda r: f"{1e6 * statistics.median(x['seconds per sample'] for x in r):.0f}",
+    "features to kernel": lambda r: spread([x["kernel distance"] for x in r], lambda v: f"{v:.4f}"),
+    "microseconds a sample": lambda r: f"{1e6 * statistics.median(x['seconds per sample'] for x in r):.3g}",
     "against implicit": lambda r: r[0]["against implicit"],
 }
 
@@ -44,7 +46,9 @@ def _groups(results: Results) -> list[Results]:
 def text_table(results: Results, found: Spectra) -> str:
     """A Markdown table, one row for each model and width; and the distances of the kernels."""
     distances = ", ".join(f"{name} {found.distance[name]:.5f}" for name in MODELS[1:])
-    return f"relative operator-norm distance to the implicit kernel: {distances}\n" + tables.text_table(
+    powers = ", ".join(f"{name} {p:.2f}" for name in MODELS if (p := _power(results, name)) is not None)
+    approach = f"features approach their kernels with the width to the power: {powers}\n" if powers else ""
+    return f"relative operator-norm distance to the implicit kernel: {distances}\n{approach}" + tables.text_table(
         _COLUMNS, _groups(results)
     )
 
@@ -74,6 +78,7 @@ def write_kernels(path: Path, results: Results, found: Spectra, match: Match, fa
             svg(lambda axes: _differences(axes, found)),
             svg(lambda axes: _overlap(axes, found)),
             svg(lambda axes: _accuracy(axes, results)),
+            svg(lambda axes: _monte_carlo(axes, results)),
             svg(lambda axes: _times(axes, results)),
         ),
         html_table(_COLUMNS, _groups(results)),
@@ -116,6 +121,31 @@ def _accuracy(axes: Axes, results: Results) -> None:
         widths, values = _by_width(results, model, "test")
         axes.plot(widths, [100 * statistics.mean(v) for v in values], "o" + style, label=model)
     axes.set(title="Read-out", xlabel="width", ylabel="test accuracy, %", xscale="log")
+    axes.legend(fontsize=8)
+
+
+def _power(results: Results, model: str) -> float | None:
+    """Of the width, with which the features of a model approach their kernel."""
+    widths, values = _by_width(results, model, "kernel distance")
+    if len(widths) < 2:
+        return None
+    x = [math.log(w) for w in widths]
+    y = [statistics.mean(map(math.log, v)) for v in values]
+    return statistics.linear_regression(x, y).slope
+
+
+def _monte_carlo(axes: Axes, results: Results) -> None:
+    for model, style in zip(MODELS, ("-", "--", ":"), strict=True):
+        widths, values = _by_width(results, model, "kernel distance")
+        power = _power(results, model)
+        axes.plot(
+            widths,
+            [statistics.mean(v) for v in values],
+            "o" + style,
+            label=model if power is None else f"{model}, power {power:.2f}",
+        )
+    axes.set(title="Features against their kernel", xlabel="width", xscale="log", yscale="log")
+    axes.set_ylabel("relative Frobenius distance")
     axes.legend(fontsize=8)
 
 

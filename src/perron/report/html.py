@@ -21,6 +21,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2r
 p { max-width: 46rem; } .soft { color: var(--soft); margin: 0 0 1.2rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
 .tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(46%, 200px), 1fr)); }
+.card + .grid, .grid + .card { margin-top: 1rem; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: .8rem; min-width: 0; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.2; } .tile span { color: var(--soft); font-size: .87rem; }
 svg { width: 100%; height: auto; display: block; }
@@ -28,7 +29,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .86r
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); }
 td, th { vertical-align: top; } td { overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll td { overflow-wrap: normal; }
 """
 
 

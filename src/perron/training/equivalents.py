@@ -1,4 +1,4 @@
-"""`perron kernels digits`: read-outs on frozen features of implicit, matched and unmatched networks, and their kernels."""
+"""`perron kernels compare`: read-outs on frozen features of implicit, matched and unmatched networks, and their kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 import perron
 from perron.data import DATA_MODULES, ImageData
 from perron.kernels import UnstableError, match_explicit
-from perron.kernels.readout import MODELS, Spectra, Split, feature_map, normalised, read_out, spectra
+from perron.kernels.readout import MODELS, Spectra, Split, feature_map, kernel_distance, normalised, read_out, spectra
 from perron.report.equivalents import text_table, write_kernels
 from perron.training.run import UsageError
 
-__all__ = ["KernelSettings", "compare_kernels"]
+__all__ = ["KernelSettings", "compare_kernels", "known_data", "load_splits"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,24 @@ class KernelSettings:
         return f"{self.data}-{self.activation}-sa-{self.sa:g}-{self.images}-images"
 
 
-def _splits(data: ImageData, settings: KernelSettings) -> dict[str, Split]:
-    """Training, validation and test data, by the training images' mean and of unit norm."""
+def known_data(name: str) -> type[ImageData]:
+    """The data module of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in DATA_MODULES:
+        raise UsageError(f"unknown data {name!r}; choose one of {', '.join(DATA_MODULES)}")
+    return DATA_MODULES[name]
+
+
+def load_splits(data: ImageData, count: int) -> dict[str, Split]:
+    """So many training images, a tenth as many for validation, and all test images: centered, of unit norm."""
     data.setup("fit")
     data.setup("test")
-    images = data.splits["train"].tensors[0][: settings.images]
-    mean = images.flatten(1).double().mean(0)
-    counts = {"train": settings.images, "validation": max(settings.images // 10, 1), "test": None}
-    parts = {name: [t[:count] for t in data.splits[name].tensors] for name, count in counts.items()}
+    mean = data.splits["train"].tensors[0][:count].flatten(1).double().mean(0)
+    counts = {"train": count, "validation": max(count // 10, 1), "test": None}
+    parts = {name: [t[:most] for t in data.splits[name].tensors] for name, most in counts.items()}
     return {name: Split(normalised(x, mean), y) for name, (x, y) in parts.items()}
 
 
@@ -76,8 +86,7 @@ def compare_kernels(
     Raises:
         UsageError: unknown data or activation, an unstable equilibrium, or numbers out of range.
     """
-    if settings.data not in DATA_MODULES:
-        raise UsageError(f"unknown data {settings.data!r}; choose one of {', '.join(DATA_MODULES)}")
+    module = known_data(settings.data)
     if seeds < 1 or not widths or min(widths) < 1 or min(settings.images, settings.kernel_images) < 20:
         raise UsageError("seeds and widths must be at least 1, and images at least 20")
     if not 0 <= settings.sa < 1:
@@ -86,14 +95,15 @@ def compare_kernels(
         match = match_explicit(settings.activation, settings.sa, 1 - settings.sa)
     except (UnstableError, ValueError) as error:
         raise UsageError(str(error)) from error
-    data = DATA_MODULES[settings.data](data_dir=data_dir)
-    splits = _splits(data, settings)
+    data = module(data_dir=data_dir)
+    splits = load_splits(data, settings.images)
     folder = root / "kernels" / settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     write(
         f"matched by {', '.join(map(str, match.activations))}; largest residual {float(match.residuals.abs().max()):.1e}"
     )
-    found = spectra(splits["train"].X[: settings.kernel_images], match)
+    X = splits["train"].X[: settings.kernel_images]
+    found = spectra(X, match)
     for name in MODELS[1:]:
         write(f"{name}: kernel at a relative distance of {found.distance[name]:.5f}")
     results = []
@@ -105,6 +115,7 @@ def compare_kernels(
                     generator = torch.Generator().manual_seed(seed)
                     net = feature_map(model, match, splits["train"].X.shape[1], width, generator)
                     measured = read_out(net, splits["train"], splits["validation"], splits["test"], len(data.classes))
+                    measured["kernel distance"] = kernel_distance(net, X, found.kernels[model])
                     path.write_text(
                         json.dumps({"model": model, "width": width, "seed": seed, **measured}, indent=1) + "\n"
                     )
