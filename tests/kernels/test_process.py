@@ -79,6 +79,28 @@ def test_several_outputs_are_independent() -> None:
         found.log_density(new)
 
 
+@pytest.mark.parametrize("freedom", [None, 2.5, 400.0])
+def test_probabilities_of_classes(freedom: float | None) -> None:
+    """Against as many draws as tell a thousandth, and for two Gaussians in closed form."""
+    rng = np.random.default_rng(0)
+    mean, scale = (
+        torch.tensor([[0.0, 0.5, 1.0], [3.0, 0.0, -1.0]]).double(),
+        torch.tensor([[1.0, 2.0, 0.3], [1.0, 1.0, 4.0]]).double(),
+    )
+    found = Prediction(mean, scale, freedom).probabilities()
+    assert torch.allclose(found.sum(1), torch.ones(2).double())
+    draws = rng.standard_normal((400_000, 3)) if freedom is None else rng.standard_t(freedom, (400_000, 3))
+    for row in range(2):
+        largest = (mean[row].numpy() + scale[row].numpy() * draws).argmax(1)
+        share = np.bincount(largest, minlength=3) / len(draws)
+        assert found[row].numpy() == pytest.approx(share, abs=4e-3)
+    if freedom is None:
+        two = Prediction(mean[:, :2], scale[:, :2], None).probabilities()[:, 0]
+        wanted = stats.norm.cdf((mean[:, 0] - mean[:, 1]) / scale[:, :2].norm(dim=1))
+        assert two.numpy() == pytest.approx(wanted, abs=1e-4)
+    assert Prediction(mean[:0], scale[:0], freedom).probabilities().shape == (0, 3)
+
+
 def test_misuse_and_heavy_tails() -> None:
     k, y, cross, own, _ = problem()
     for options in ({"noise": 0.0}, {"noise": 1.0, "shape": 1.0}, {"noise": 1.0, "shape": -1.0, "rate": 1.0}):

@@ -12,10 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["Prediction", "Process"]
+
+# Of the quadrature for probabilities of classes; samples at a time.
+_NODES, _BLOCK = 64, 500
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,32 @@ class Prediction:
         n = self.freedom
         constant = math.lgamma((n + 1) / 2) - math.lgamma(n / 2) - 0.5 * math.log(math.pi * n)
         return constant - self.scale.log() - (n + 1) / 2 * torch.log1p(distance**2 / n)
+
+    def probabilities(self) -> Tensor:
+        """(t, outputs) that an output is the largest of all: of the classes, if outputs are one-hot labels.
+
+        Raises:
+            ImportError: scipy is missing.
+        """
+        try:
+            from scipy.special import ndtr, ndtri, stdtr, stdtrit
+        except ImportError as error:
+            raise ImportError("probabilities of classes need scipy: pip install perron[kernels]") from error
+        n = self.freedom
+        cumulative = ndtr if n is None else lambda x: stdtr(n, x)
+        points, weights = np.polynomial.legendre.leggauss(_NODES)
+        # An average over the quantiles of one output of the probability that the others are below.
+        quantiles = torch.from_numpy(ndtri((points + 1) / 2) if n is None else stdtrit(n, (points + 1) / 2))
+        shares = torch.from_numpy(weights / 2)
+        mean, scale = self.mean.cpu(), self.scale.cpu()
+        own = torch.eye(mean.shape[1], dtype=torch.bool)[:, None, :]
+        found = []
+        for m, s in zip(mean.split(_BLOCK), scale.split(_BLOCK), strict=True):
+            value = m[:, :, None] + s[:, :, None] * quantiles
+            below = torch.from_numpy(cumulative(((value[..., None] - m[:, None, None]) / s[:, None, None]).numpy()))
+            found.append(below.masked_fill(own, 1.0).prod(-1) @ shares)
+        total = torch.cat(found)
+        return (total / total.sum(1, keepdim=True)).to(self.mean)
 
 
 class Process:
