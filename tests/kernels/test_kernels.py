@@ -24,6 +24,7 @@ from perron.kernels import (
 )
 from perron.kernels.dual import Dual
 from perron.kernels.moments import quadrature
+from perron.nn import PositiveConcaveLinear
 
 NAMES = ["linear", "relu", "leaky_relu(0.2)", "erf", "tanh", "hard_tanh", "swish", "gelu", "softplus", "sigmoid"]
 
@@ -167,6 +168,14 @@ def test_near_duplicates_are_told() -> None:
     closed = implicit_kernels(x, "relu", 0.3, 0.7)
     assert closed.truncation == 0
     assert float(closed.ck[0, 1]) == pytest.approx(float(closed.ck[0, 0]), rel=1e-5)
+
+
+def test_layers_are_no_activations() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(TypeError, match="Nonnegative layers are not centred"):
+        implicit_ck(x, PositiveConcaveLinear(4, 8), 0.3, 0.7)
+    with pytest.raises(TypeError, match="ScalarFunction"):
+        implicit_ntk(x, torch.tanh, 0.3, 0.7)
 
 
 def test_misuse() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["ScalarFunction", "clip_abs", "hard_tanh", "scalar_function", "transformed", "two_slopes"]
 
@@ -144,12 +144,21 @@ def scalar_function(given: str | ScalarFunction) -> ScalarFunction:
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
+        TypeError: it is neither a name nor a `ScalarFunction`; a layer is no activation.
 
     >>> scalar_function("leaky_relu(0.2)").slopes
     (1.0, 0.2)
     """
     if isinstance(given, ScalarFunction):
         return given
+    if isinstance(given, nn.Module):
+        raise TypeError(
+            f"an activation is needed, and {type(given).__name__} is a layer or module: these kernels are of random networks "
+            "with centred Gaussian weights. Nonnegative layers are not centred: W z is one scalar per sample when they are "
+            "wide (perron.kernels.mean_field)"
+        )
+    if not isinstance(given, str):
+        raise TypeError(f"an activation is a name or a ScalarFunction(name, value, slope), got {given!r}")
     if given in _NAMED:
         return _NAMED[given]
     if given.startswith("leaky_relu(") and given.endswith(")"):

@@ -157,28 +157,20 @@ class DepthLimit:
         """
         rho = _correlations(X, new)
         _check_labels(X, y)
-        count = int(y.max()) + 1
-        votes = torch.bincount(y, minlength=count)
+        labels, member = y.cpu().unique(return_inverse=True)
+        return labels[self._scores(rho, member).argmax(1)].to(new.device)
+
+    def _scores(self, rho: Tensor, member: Tensor) -> Tensor:
+        """(t, classes) whose largest entry is of the class of a new input."""
+        of_class = torch.nn.functional.one_hot(member).double()
         if self.kind == "majority vote":
-            return votes.argmax().expand(len(rho)).clone()
-        member = torch.nn.functional.one_hot(y, count).double()
+            return of_class.sum(0).expand(len(rho), -1)
         if self.kind == "singular kernel":
-            return _largest(self.weight(rho) @ member, votes)
+            return self.weight(rho) @ of_class
         # The point of each class that correlates most speaks for it, against it where the first layer turns its sign.
         first = _UnitDual(self.phi, self.centred, _nearest(rho))(rho)
-        scores = []
-        for label in range(count):
-            of_class = first[:, y == label]
-            scores.append(
-                of_class.gather(1, of_class.abs().argmax(1, keepdim=True)).squeeze(1)
-                if of_class.shape[1]
-                else first.new_full((len(first),), -math.inf)
-            )
-        return torch.stack(scores, 1).argmax(1)
-
-
-def _largest(scores: Tensor, votes: Tensor) -> Tensor:
-    return scores.masked_fill(votes == 0, -math.inf).argmax(1)
+        parts = [first[:, member == k] for k in range(of_class.shape[1])]
+        return torch.cat([part.gather(1, part.abs().argmax(1, keepdim=True)) for part in parts], 1)
 
 
 def _towards_zero(dual: _UnitDual, rho: Tensor, decay: float, inside: float) -> tuple[Tensor, Tensor]:
@@ -210,12 +202,12 @@ def _chebyshev(coefficients: Tensor, x: Tensor) -> Tensor:
 
 
 def _correlations(X: Tensor, new: Tensor) -> Tensor:
-    """(t, n) of new with training inputs."""
+    """(t, n) of new with training inputs; on the CPU, as all that follows."""
     x, x_new = check_inputs(X), check_inputs(new)
     if x.shape[1] != x_new.shape[1]:
         raise ValueError(f"inputs must have as many features as training inputs, got {x_new.shape[1]} and {x.shape[1]}")
     unit = torch.nn.functional.normalize
-    return (unit(x_new) @ unit(x).t()).clamp(-1, 1)
+    return (unit(x_new) @ unit(x).t()).clamp(-1, 1).cpu()
 
 
 def _check_labels(X: Tensor, y: Tensor) -> None:
@@ -268,11 +260,11 @@ def deep_ntk(rho: Tensor, activation: str | ScalarFunction, depth: int, *, centr
         raise ValueError(f"depth must be at least 1, got {depth}")
     if not bool((rho.abs() <= 1 + 1e-9).all()):
         raise ValueError("correlations must lie in [-1, 1]")
-    rho = rho.double().clamp(-1, 1)
+    device, rho = rho.device, rho.double().clamp(-1, 1).cpu()
     dual = _UnitDual(scalar_function(activation), centred, _nearest(rho))
     dual.dual.warn_of_truncation(_nearest(rho))
     parts = [_tangent(dual, part, depth) for part in rho.flatten().split(_BLOCK)]
-    return torch.cat(parts).reshape(rho.shape) if parts else rho
+    return torch.cat(parts).reshape(rho.shape).to(device)
 
 
 def _tangent(dual: _UnitDual, rho: Tensor, depth: int) -> Tensor:
@@ -319,9 +311,9 @@ def deep_classify(
     cross = deep_ntk(rho, activation, depth, centred=centred) / scale
     if not bool((cross.abs() > 1e-290).any(1).all()):
         raise ValueError(f"the kernel of a new input underflows at depth {depth}: take `depth_limit` instead")
-    targets = torch.nn.functional.one_hot(y.long()).double()
+    targets = torch.nn.functional.one_hot(y.cpu().long()).double()
     system = kernel / scale + penalty * torch.eye(len(kernel), dtype=torch.float64)
-    return (cross @ torch.linalg.solve(system, targets)).argmax(1)
+    return (cross @ torch.linalg.solve(system, targets)).argmax(1).to(new.device)
 
 
 def optimal_activation(dimension: float, degree: int = 4) -> ScalarFunction:
