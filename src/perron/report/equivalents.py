@@ -20,13 +20,19 @@ from perron.report.tables import Columns, Results, html_table, spread
 
 __all__ = ["text_table", "write_kernels"]
 
+
+def _digits(value: float) -> str:
+    """Three of them at least, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 _COLUMNS: Columns = {
     "model": lambda r: r[0]["model"],
     "width": lambda r: f"{r[0]['width']:,}",
     "test accuracy": lambda r: spread([100 * x["test"] for x in r], lambda v: f"{v:.2f}") + " %",
     "seeds": lambda r: str(len(r)),
     "features to kernel": lambda r: spread([x["kernel distance"] for x in r], lambda v: f"{v:.4f}"),
-    "microseconds a sample": lambda r: f"{1e6 * statistics.median(x['seconds per sample'] for x in r):.3g}",
+    "microseconds a sample": lambda r: _digits(1e6 * statistics.median(x["seconds per sample"] for x in r)),
     "against implicit": lambda r: r[0]["against implicit"],
 }
 
