@@ -112,13 +112,14 @@ def test_limit_classifiers() -> None:
 
 
 def test_odd_activations_turn_against_opposite_points() -> None:
-    """h_3: the point of the only other class is nearly opposite, so that it speaks against its own label."""
+    """h_3: the nearly opposite point speaks against its label, louder than a nearer one of the same class for it."""
     third = ScalarFunction("h3", lambda x: x**3 - 3 * x, lambda x: 3 * x**2 - 3)
-    x = torch.tensor([[1.0, 0.0], [0.3, 1.0]])
-    new = torch.tensor([[-1.0, 0.1]])
+    angles = torch.tensor([3.1, 1.1, 1.3])
+    x = torch.stack([angles.cos(), angles.sin()], 1)
+    y, new = torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.0]])
     assert depth_limit(third).kind == "nearest neighbour"
-    wanted = deep_classify(x, torch.tensor([0, 1]), new, third, 3, penalty=0)
-    assert torch.equal(depth_limit(third).classify(x, torch.tensor([0, 1]), new), wanted)
+    wanted = deep_classify(x, y, new, third, 3, penalty=0)
+    assert torch.equal(depth_limit(third).classify(x, y, new), wanted)
     assert wanted.tolist() == [1]
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from perron.kernels import match_explicit
-from perron.kernels.readout import MODELS, Split, feature_map, normalised, read_out, spectra
+from perron.kernels.readout import MODELS, Split, feature_map, kernel_distance, normalised, read_out, spectra
 
 
 def split(n: int, seed: int) -> Split:
@@ -48,6 +48,20 @@ def test_spectra_of_matched_networks_are_nearer() -> None:
     assert bool((found.overlap["implicit"] > 1 - 1e-9).all())
     assert bool((found.overlap["matched"] > 0.98).all())
     assert bool((found.eigenvalues["implicit"].diff() <= 0).all())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_features_approach_their_own_kernel(model: str) -> None:
+    """Not scaled, matched or not; and features that have the kernel are no distance away."""
+    match, x = match_explicit("tanh", 0.3, 0.7), split(60, 0).X
+    kernel = spectra(x, match, top=2).kernels[model]
+    far, near = (
+        kernel_distance(feature_map(model, match, 20, w, torch.Generator().manual_seed(1)), x, kernel)
+        for w in (100, 1600)
+    )
+    assert near < 0.12
+    assert far > 2.5 * near
+    assert kernel_distance(torch.nn.Identity(), x, x @ x.t()) < 1e-6
 
 
 def test_data_and_models() -> None:
