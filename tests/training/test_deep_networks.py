@@ -24,6 +24,12 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
     errors = found["toy"]
     assert errors["singular kernel, alpha = 1"][-1] < errors["nearest neighbour"][-1] < errors["majority vote"][-1]
     assert errors["singular kernel, alpha = 1"][-1] < errors["singular kernel, alpha = 1"][0]
+    # Again: what is there is read.
+    path = folder / "tanh-depth-40.json"
+    path.write_text('{"accuracy": 0.125, "agreement": 0.5}')
+    lines: list[str] = []
+    again = compare_depths("digits", [1, 40], tmp_path, images=150, write=lines.append)
+    assert "| 12.50% (50%) |" in again
 
 
 def test_misuse(tmp_path, capsys) -> None:

@@ -43,7 +43,7 @@ def compare_depths(
     data_dir: str | None = None,
     write: Callable[[str], None] = print,
 ) -> str:
-    """Classify test images at every depth and in the limit, for activations of all three kinds; write the page.
+    """Classify test images in the limit and at every depth that has no result yet, for activations of all three kinds.
 
     Args:
         data: a name in `perron.data.DATA_MODULES`.
@@ -54,7 +54,7 @@ def compare_depths(
         write: takes a line of progress.
 
     Returns:
-        the table, and where the page is.
+        the table, and where the page is that it writes.
 
     Raises:
         UsageError: unknown data, or numbers out of range.
@@ -64,22 +64,29 @@ def compare_depths(
     splits = load_splits(known_data(data)(data_dir=data_dir), images)
     train, test = splits["train"], splits["test"]
     X_test, y_test = test.X[:images], test.y[:images]
+    folder = root / "kernels" / f"depth-{data}-{images}-images"
+    folder.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for name, centred in _ACTIVATIONS:
         limit = depth_limit(name, centred=centred)
         wanted = limit.classify(train.X, train.y, X_test)
         row = {**_facts(limit), "limit": _share(wanted == y_test), "depths": {}}
-        for depth in depths:
-            try:
-                found = deep_classify(train.X, train.y, X_test, name, depth, centred=centred)
-            except ValueError as error:
-                write(f"{row['activation']}, depth {depth}: {error}")
-                continue
-            row["depths"][depth] = {"accuracy": _share(found == y_test), "agreement": _share(found == wanted)}
-        results.append(row)
         write(f"{row['activation']}: {row['kind']}, {row['limit']:.2%} of test images right in the limit")
-    folder = root / "kernels" / f"depth-{data}-{images}-images"
-    folder.mkdir(parents=True, exist_ok=True)
+        for depth in depths:
+            path = folder / f"{name}{'-centred' if centred else ''}-depth-{depth}.json"
+            if not path.is_file():
+                try:
+                    found = deep_classify(train.X, train.y, X_test, name, depth, centred=centred)
+                except ValueError as error:
+                    write(f"{row['activation']}, depth {depth}: {error}")
+                    continue
+                shares = {"accuracy": _share(found == y_test), "agreement": _share(found == wanted)}
+                path.write_text(json.dumps(shares) + "\n")
+            row["depths"][depth] = shares = json.loads(path.read_text())
+            write(
+                f"{row['activation']}, depth {depth}: {shares['accuracy']:.2%} right, {shares['agreement']:.2%} as in the limit"
+            )
+        results.append(row)
     toy = _toy()
     (folder / "depth.json").write_text(json.dumps({"results": results, "toy": toy["errors"]}, indent=1) + "\n")
     facts = f"{data}, {len(train.y):,} training and {len(y_test):,} test images; perron {perron.__version__}"
