@@ -435,3 +435,21 @@ def test_convolutions_refuse_what_they_cannot_do() -> None:
         cell.cell[0].a[0, 0, 0, 0] = math.nan
     assert not cell.certificate()
     assert convolution()(torch.zeros(0, 2, 4, 4, dtype=torch.float64)).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("entry", [1e308, -1e300])
+def test_margins_of_weights_that_overflow_are_refused(entry: float) -> None:
+    """Finite weights whose symmetric part, or its norm, is not: a refusal, not an error of the decomposition."""
+    module = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.fill_(entry)
+    layer = Equilibrium(nn.Sequential(module, Inject(), Activate("relu")), injection="free")
+    assert not layer.certificate()
+
+
+@pytest.mark.parametrize("margin", [math.nan, math.inf, 0.0, -1.0])
+def test_margins_of_convolutions_that_were_assigned_are_checked(margin: float) -> None:
+    layer = MonotoneConv2d(1, 2)
+    assert layer.certificate().kind == "monotone"
+    layer.recurrent.margin = margin
+    assert layer.certificate().kind != "monotone"

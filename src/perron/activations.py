@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
+__all__ = ["ACTIVATIONS", "Activation", "get_activation", "sigmoid_derivative"]
 
 _SQRT_SHIFT = 0.25
 
@@ -100,7 +100,8 @@ class Activation:
         return slope if self.below_zero is not None else torch.where(lower >= 0, slope, torch.nan)
 
 
-def _sigmoid_derivative(v: Tensor) -> Tensor:
+def sigmoid_derivative(v: Tensor) -> Tensor:
+    """On the whole line."""
     s = torch.sigmoid(v)
     return s * (1 - s)
 
@@ -145,7 +146,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             "sigmoid",
             torch.sigmoid,
-            _sigmoid_derivative,
+            sigmoid_derivative,
             0.5,
             1.0,
             0.0,

@@ -181,6 +181,8 @@ class DenseStep(AffineStep):
         if weight.dim() != 2 or weight.shape[1] != n or n == 0 or not bool(torch.isfinite(weight).all()):
             return -math.inf
         symmetric = torch.eye(n, dtype=torch.float64, device=weight.device) - (weight + weight.t()) / 2
+        if not bool(torch.isfinite(symmetric.norm())):
+            return -math.inf
         least = float(torch.linalg.eigvalsh(symmetric)[0])
         return least - (n * n + 16) * 2.0**-53 * float(symmetric.norm())
 
@@ -431,7 +433,9 @@ class MonotoneConvolutionStep(AffineStep):
         return _largest(k.t() @ (k @ ones) + (other + other.t()) @ ones) + abs(1 - self.m)
 
     def margin(self) -> float:
-        return self.m if all(bool(torch.isfinite(w).all()) for w in self.weights) else -math.inf
+        # The module's margin may have been assigned since it was checked.
+        finite = math.isfinite(self.m) and all(bool(torch.isfinite(w).all()) for w in self.weights)
+        return self.m if finite else -math.inf
 
     def norm(self) -> float:
         # The bound of |A| is symmetric: its largest row sum bounds its norm.

@@ -115,7 +115,7 @@ def _whole(text: str) -> list[int]:
 def _kernels(arguments: argparse.Namespace) -> str:
     common = {"data_dir": arguments.data_dir, "write": lambda line: print(line, flush=True)}
     if arguments.topic == "depth":
-        from perron.training.depth import compare_depths
+        from perron.training.deep_networks import compare_depths
 
         return compare_depths(arguments.data, arguments.depths, arguments.runs, images=arguments.images, **common)
     from perron.training.equivalents import KernelSettings, compare_kernels

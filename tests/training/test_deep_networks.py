@@ -3,7 +3,7 @@ import json
 import pytest
 
 from perron.cli import main
-from perron.training.depth import compare_depths
+from perron.training.deep_networks import compare_depths
 from perron.training.run import UsageError
 
 

@@ -12,7 +12,7 @@ def test_table_page_and_resumption(tmp_path) -> None:
     table = compare_kernels(QUICK, [8, 16], 2, tmp_path, write=lines.append)
     assert table.count("| matched |") == 2
     assert sum("microseconds" in line for line in lines) == 12
-    folder = tmp_path / "kernels" / "digits-tanh-sa-0.3-100-images"
+    folder = tmp_path / "kernels" / "digits-tanh-sa-0.3-100-images-60-in-kernels"
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 6
     assert "to the power: implicit -0." in table

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perron.activations import sigmoid_derivative
+
 __all__ = ["ScalarFunction", "clip_abs", "hard_tanh", "scalar_function", "transformed", "two_slopes"]
 
 
@@ -117,11 +119,6 @@ def _normal_density(x: Tensor) -> Tensor:
     return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def _sigmoid_slope(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s)
-
-
 _NAMED: dict[str, ScalarFunction] = {
     f.name: f
     for f in (
@@ -129,9 +126,9 @@ _NAMED: dict[str, ScalarFunction] = {
         ScalarFunction("abs", torch.abs, torch.sign, (0.0,), (1.0, -1.0)),
         ScalarFunction("relu", torch.relu, lambda x: (x > 0).to(x), (0.0,), (1.0, 0.0)),
         ScalarFunction("tanh", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
-        ScalarFunction("sigmoid", torch.sigmoid, _sigmoid_slope),
+        ScalarFunction("sigmoid", torch.sigmoid, sigmoid_derivative),
         ScalarFunction("erf", torch.erf, lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x), is_erf=True),
-        ScalarFunction("swish", F.silu, lambda x: torch.sigmoid(x) + x * _sigmoid_slope(x)),
+        ScalarFunction("swish", F.silu, lambda x: torch.sigmoid(x) + x * sigmoid_derivative(x)),
         ScalarFunction("gelu", F.gelu, lambda x: torch.special.ndtr(x) + x * _normal_density(x)),
         ScalarFunction("softplus", F.softplus, torch.sigmoid),
         ScalarFunction("hard_tanh", lambda x: x.clamp(-1, 1), lambda x: (x.abs() < 1).to(x), kinks=(-1.0, 1.0)),

@@ -23,13 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.polynomial import chebyshev
 from torch import Tensor
 
 from perron.kernels.activations import ScalarFunction, scalar_function
 from perron.kernels.dual import Dual
 from perron.kernels.kernels import check_inputs
-from perron.kernels.moments import gaussian_moments, hermite_coefficients
+from perron.kernels.moments import gaussian_moments, hermite_coefficients, hermite_polynomials
 
 __all__ = ["Classifier", "DepthLimit", "deep_classify", "deep_ntk", "depth_limit", "optimal_activation"]
 
@@ -131,16 +133,18 @@ class DepthLimit:
             raise ValueError("correlations must lie in [-1, 1]")
         dual, decay = _UnitDual(self.phi, self.centred), self.slope**2
         dual.dual.warn_of_truncation(_nearest(rho))
-        # Chebyshev interpolation of psi(rho)/rho near 0, from the iteration itself.
-        angle = (torch.arange(_NODES, dtype=torch.float64) + 0.5) * math.pi / _NODES
-        nodes = _INNER * torch.cos(angle)
-        inner = _towards_zero(dual, nodes, decay, 1e-15)
-        values = inner[0] / nodes * decay ** -inner[1].double()
-        basis = torch.cos(torch.arange(_NODES, dtype=torch.float64)[:, None] * angle)
-        coefficients = 2 / _NODES * (basis @ values)
-        coefficients[0] /= 2
-        small, steps = _towards_zero(dual, rho.double().clamp(-_LARGEST, _LARGEST), decay, _INNER)
-        return small * _chebyshev(coefficients, small / _INNER) * decay ** -steps.double()
+
+        def ratio(x: np.ndarray) -> np.ndarray:
+            """psi(rho)/rho for rho = _INNER x, from the iteration itself."""
+            rho = torch.from_numpy(_INNER * x)
+            small, steps = _towards_zero(dual, rho, decay, 1e-15)
+            return (small / rho * decay ** -steps.double()).numpy()
+
+        small, steps = _towards_zero(dual, rho.detach().double().cpu().clamp(-_LARGEST, _LARGEST), decay, _INNER)
+        # numpy's annotation asks for a function of a number, its text for one of an array.
+        coefficients = chebyshev.chebinterpolate(ratio, _NODES - 1)  # type: ignore[arg-type, type-var]
+        inner = chebyshev.chebval((small / _INNER).numpy(), coefficients)
+        return (small * torch.as_tensor(inner) * decay ** -steps.double()).to(rho.device)
 
     def classify(self, X: Tensor, y: Tensor, new: Tensor) -> Tensor:
         """(t,) the label of every new input.
@@ -191,14 +195,6 @@ def _towards_zero(dual: _UnitDual, rho: Tensor, decay: float, inside: float) -> 
 def _nearest(rho: Tensor) -> float:
     """The largest |rho| of different inputs."""
     return float(rho.abs().masked_fill(rho >= 1, 0.0).amax()) if rho.numel() else 0.0
-
-
-def _chebyshev(coefficients: Tensor, x: Tensor) -> Tensor:
-    """Clenshaw's recurrence."""
-    later, latest = torch.zeros_like(x), torch.zeros_like(x)
-    for c in coefficients.flip(0)[:-1]:
-        later, latest = latest, 2 * x * latest - later + c
-    return x * latest - later + coefficients[0]
 
 
 def _correlations(X: Tensor, new: Tensor) -> Tensor:
@@ -346,17 +342,9 @@ def optimal_activation(dimension: float, degree: int = 4) -> ScalarFunction:
     first, last = math.sqrt(kept), math.sqrt(-math.expm1(low))
 
     def value(x: Tensor) -> Tensor:
-        return first * x + last * _hermite(degree, x)
+        return first * x + last * list(hermite_polynomials(x, degree + 1))[-1]
 
     def slope(x: Tensor) -> Tensor:
-        return first + last * math.sqrt(degree) * _hermite(degree - 1, x)
+        return first + last * math.sqrt(degree) * list(hermite_polynomials(x, degree))[-1]
 
     return ScalarFunction(f"optimal({dimension:g}, degree {degree})", value, slope)
-
-
-def _hermite(degree: int, x: Tensor) -> Tensor:
-    """Normalised: E h_k(xi)^2 = 1."""
-    previous, current = torch.zeros_like(x), torch.ones_like(x)
-    for k in range(degree):
-        previous, current = current, (x * current - math.sqrt(k) * previous) / math.sqrt(k + 1)
-    return current

@@ -7,7 +7,7 @@ never taken: by Stein's identity E phi'(tau xi) = E[xi phi(tau xi)]/tau, and so 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perron.kernels.activations import Number, ScalarFunction
 
-__all__ = ["Moments", "gaussian_moments", "hermite_coefficients", "quadrature"]
+__all__ = ["Moments", "gaussian_moments", "hermite_coefficients", "hermite_polynomials", "quadrature"]
 
 # Beyond it the density is below 1e-31; panels of length 1, with so many nodes each.
 _LIMIT, _NODES = 12, 20
@@ -104,9 +104,12 @@ def hermite_coefficients(phi: ScalarFunction, variance: Tensor, terms: int, *, o
     scale = variance.sqrt()
     x, w = quadrature(scale, phi.kinks)
     f = (phi.slope if of_slope else phi.value)(scale.unsqueeze(-1) * x) * w
+    return torch.stack([(f * h).sum(-1) for h in hermite_polynomials(x, terms)], -1)
+
+
+def hermite_polynomials(x: Tensor, count: int) -> Iterator[Tensor]:
+    """h_0(x), h_1(x), ..., normalised: E h_k(xi)^2 = 1."""
     previous, current = torch.zeros_like(x), torch.ones_like(x)
-    found = []
-    for k in range(terms):
-        found.append((f * current).sum(-1))
+    for k in range(count):
+        yield current
         previous, current = current, (x * current - math.sqrt(k) * previous) / math.sqrt(k + 1)
-    return torch.stack(found, -1)

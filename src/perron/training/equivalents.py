@@ -40,7 +40,7 @@ class KernelSettings:
     @property
     def folder(self) -> str:
         """The name of the results."""
-        return f"{self.data}-{self.activation}-sa-{self.sa:g}-{self.images}-images"
+        return f"{self.data}-{self.activation}-sa-{self.sa:g}-{self.images}-images-{self.kernel_images}-in-kernels"
 
 
 def known_data(name: str) -> type[ImageData]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import perron
 from perron.kernels import DepthLimit, deep_classify, depth_limit, optimal_activation
-from perron.report.depth import text_table, write_depth
+from perron.report.deep_networks import text_table, write_depth
 from perron.training.equivalents import known_data, load_splits
 from perron.training.run import UsageError
 
