@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from perron.affine import affine_step
+from perron.affine import DenseStep, affine_step, full_float32
+from perron.nn import PositiveConcaveLinear
+from perron.solvers import Auto, Compiled, Picard
 from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
 
 EDGES = torch.tensor([[0, 0, 1, 3, 4, 4], [1, 4, 2, 3, 0, 4]])
@@ -123,3 +125,55 @@ def test_bad_patterns_are_refused(edges, message) -> None:
 def test_an_empty_pattern_is_the_zero_map() -> None:
     module = SparseLinear(torch.zeros(2, 0, dtype=torch.long), 3)
     assert not module(torch.rand(2, 3)).any()
+
+
+REDUCED = {
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "oneDNN": lambda: torch._C._set_fp32_precision_setter("mkldnn", "all", "bf16"),
+    "oneDNN products": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "tf32"),
+    "oneDNN convolutions": lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16"),
+    "old": lambda: torch.set_float32_matmul_precision("medium"),
+}
+ELSEWHERE = {
+    "CUDA products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "CUDA": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
+    "old CUDA": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+}
+SETTINGS = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
+
+
+@pytest.fixture
+def precision_settings():
+    """Puts back what a test sets; oneDNN and CUDA inherit from what is set for all."""
+    old = torch.get_float32_matmul_precision()
+    places = [("generic", "all"), *SETTINGS]
+    before = {place: torch._C._get_fp32_precision_getter(*place) for place in places}
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision(old)
+    for place, value in before.items():
+        torch._C._set_fp32_precision_setter(*place, value)
+
+
+@pytest.mark.parametrize("setting", [*REDUCED, *ELSEWHERE])
+def test_reduced_precision_never_proves_and_never_raises(setting: str, precision_settings: None) -> None:
+    layer = PositiveConcaveLinear(4, 6, solver=Picard(tol=1e-3, verify=torch.float32))
+    x = torch.randn(3, 4)
+    assert layer.solve(x).precision == torch.float32
+    (REDUCED | ELSEWHERE)[setting]()
+    assert full_float32() == (setting in ELSEWHERE)
+    for solver in (Auto(), Picard(tol=1e-3, verify=torch.float32), Compiled(backend="eager")):
+        layer.solver = solver
+        solution = layer.solve(x)
+        assert solution.certified
+        expected = torch.float32 if setting in ELSEWHERE and solver.verify == torch.float32 else torch.float64
+        assert solution.precision == expected
+        layer(x).sum().backward()
+        assert layer.last_solution.adjoint.certified
+
+
+def test_fast_math_of_the_library_never_proves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert full_float32()
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    assert not full_float32()
+    assert DenseStep((torch.rand(2, 2),), None).plainly() is None

@@ -7,6 +7,7 @@ such sums obey the rounding bound of `perron.rounding`. Libraries may compute co
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,15 +30,33 @@ from perron.structured import (
     wrap,
 )
 
-__all__ = ["AFFINE_MODULES", "AffineStep", "DenseStep", "MonotoneConvolutionStep", "Refusal", "affine_step"]
+__all__ = [
+    "AFFINE_MODULES",
+    "AffineStep",
+    "DenseStep",
+    "MonotoneConvolutionStep",
+    "Refusal",
+    "affine_step",
+    "full_float32",
+]
 
 # Bytes of unfolded input that a plain convolution works on at a time: about a core's second-level cache.
 _PATCH_BYTES = 2**20
+# By these oneDNN lets every float32 product be computed in bfloat16.
+_FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 @torch.compiler.assume_constant_result
-def _full_float32() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+def full_float32() -> bool:
+    """Whether no setting of torch or oneDNN lets float32 products on the CPU have shorter mantissas."""
+    if any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in _FAST_MATH):
+        return False
+    library: Any = torch.backends.mkldnn
+    if not hasattr(library, "matmul"):
+        return torch.get_float32_matmul_precision() == "highest"
+    # The older functions set these, too, and raise where the newer settings disagree with them.
+    settings = (library, library.matmul, library.conv)
+    return all(s.fp32_precision in ("none", "ieee") for s in settings)
 
 
 class Refusal(ValueError):
@@ -127,7 +146,7 @@ class AffineStep(ABC):
         # On other devices float32 products may be computed with shorter mantissas.
         dtype = self.tensors[0].dtype if self.tensors else torch.float64
         exact = dtype == torch.float64 or (
-            dtype == torch.float32 and all(t.device.type == "cpu" for t in self.tensors) and _full_float32()
+            dtype == torch.float32 and all(t.device.type == "cpu" for t in self.tensors) and full_float32()
         )
         return self if exact else None
 

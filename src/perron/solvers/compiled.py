@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep
+from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep, full_float32
 from perron.cells import ActivationStep, Chain, Map
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
@@ -127,7 +127,7 @@ class Compiled(Auto):
             return None
         if self.verify == torch.float32 or not all(isinstance(s, DenseStep | DiagonalLowRankStep) for s in map.affine):
             return None
-        key = (what, _signature(map), like.shape, like.dtype, like.device, torch.get_float32_matmul_precision())
+        key = (what, _signature(map), like.shape, like.dtype, like.device, full_float32())
         return self.plans.setdefault(key, _Plan())
 
     def _try(self, plan: _Plan, *arguments: Any) -> tuple[Tensor, ...] | None:
