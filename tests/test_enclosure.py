@@ -1,15 +1,109 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from perron.affine import Refusal
 from perron.cells import Inject, trace
 from perron.enclosure import Evaluated, prove, relative_error_bound, round_outward, verify
 from perron.nn import PositiveConcaveConv2d
-from perron.solvers import Picard
+from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
 from problems import SUBLINEAR, dense_layer, dense_problems, long_picard, truth
 
 RELIABLE = 1e-12
+
+
+def affine_fixed_point(weight: torch.Tensor, b: torch.Tensor) -> list[Fraction]:
+    """z = W z + b for a float64 W of size 1 or 2, exactly."""
+    w = [[Fraction(x) for x in row] for row in weight.tolist()]
+    c = [Fraction(x) for x in b.tolist()]
+    if len(c) == 1:
+        return [c[0] / (1 - w[0][0])]
+    determinant = (1 - w[0][0]) * (1 - w[1][1]) - w[0][1] * w[1][0]
+    return [
+        ((1 - w[1][1]) * c[0] + w[0][1] * c[1]) / determinant,
+        (w[1][0] * c[0] + (1 - w[0][0]) * c[1]) / determinant,
+    ]
+
+
+AFFINE = [
+    ([[0.9]], [1.0]),
+    ([[0.5]], [1.0]),
+    ([[0.0, 0.75], [1.25, 0.0]], [0.25, 4.0]),
+    ([[0.5, 0.25], [0.125, 0.75]], [1.0, 1e-3]),
+    ([[1 - 2.0**-20]], [3.0]),
+    ([[0.9]], [1e-290]),
+    ([[0.9]], [1e290]),
+]
+
+
+@pytest.mark.parametrize("below", [0.0, 1e-9, 0.3, 1 - 1e-9, 1.0, 1.0001])
+@pytest.mark.parametrize("above", [0.6, 0.999, 1.0, 1.0001, 1.5, 1e3, 1e15, 1e16])
+@pytest.mark.parametrize("case", range(len(AFFINE)))
+def test_all_bounds_are_attained_by_affine_maps(case: int, below: float, above: float) -> None:
+    """From p = below z* and q = above z*: a raised q is z* itself, but for rounding, and so is the chord to a q above it."""
+    weight, b = (torch.tensor(t, dtype=torch.float64) for t in AFFINE[case])
+    exact = affine_fixed_point(weight, b)
+    z = torch.tensor([[float(x) for x in exact]], dtype=torch.float64)
+    p, q = below * z, max(above, below) * z
+    if float(q.max()) > 1e306:
+        return
+    chain = trace(dense_layer(weight, "relu").cell)
+    with torch.no_grad():
+        values = Evaluated(b.unsqueeze(0), p, chain(p, b.unsqueeze(0)), q, chain(q, b.unsqueeze(0)))
+    found = prove(values, chain.rounding(torch.float64))
+    assert found.proven.item()
+    # What f rounds is amplified by z*/f(0), and counts with how far the points are away.
+    noise = 1e4 * 2.0**-52 * float((z / b).max()) * max(1.0, above)
+    raised = q < z
+    expected = torch.where(raised, z, values.at_q)[0].tolist()
+    for low, high, fixed, best in zip(found.lower[0].tolist(), found.upper[0].tolist(), exact, expected, strict=True):
+        assert Fraction(low) <= fixed <= Fraction(high)
+        assert high <= best * (1 + noise + 1e-12)
+        assert low >= float(fixed) * (1 - min(noise + 1e-12, 1.0)) or above <= 1
+
+
+@pytest.mark.parametrize("candidate", [5.0, 9.5, 0.0, 1e-300, 1e-16, 1e15, 1e16, 1e18, 1e100, 5e-324])
+def test_candidates_far_from_the_solution(candidate: float) -> None:
+    """z = 0.9 z + 1 is 10."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    weight = torch.full((1, 1), 0.9, dtype=torch.float64)
+    found = verify(dense_layer(weight, "relu"), candidate * one, one)
+    exact = affine_fixed_point(weight, one[0])[0]
+    assert not found.proven.item() or Fraction(found.lower.item()) <= exact <= Fraction(found.upper.item())
+
+
+NEARLY_CRITICAL = torch.tensor(
+    [[0.017839438860143757, 0.7403883453127966], [1.294493906370435, 0.02398573730736727]], dtype=torch.float64
+)
+
+
+@pytest.mark.parametrize("make", [Auto, Picard, Anderson, Broyden, MonotoneNewton])
+def test_a_nearly_critical_map(make) -> None:
+    """Of spectral radius 0.99991."""
+    b = torch.tensor([[0.22675055177677106, 0.36425101756000655]], dtype=torch.float64)
+    exact = affine_fixed_point(NEARLY_CRITICAL, b[0])
+    for steps in (5, 10, 40, 200):
+        solution = dense_layer(NEARLY_CRITICAL, "relu", solver=make(max_steps=steps, on_failure="ignore")).solve(b)
+        if solution.proven.item():
+            for low, high, fixed in zip(solution.lower[0].tolist(), solution.upper[0].tolist(), exact, strict=True):
+                assert Fraction(low) <= fixed <= Fraction(high)
+
+
+@given(st.floats(0.3, 0.7), st.floats(-12, 3))
+def test_loose_tolerances_in_few_steps(weight: float, exponent: float) -> None:
+    layer = dense_layer(torch.full((1, 1), weight, dtype=torch.float64), "tanh")
+    b = torch.full((1, 1), 10.0**exponent, dtype=torch.float64)
+    exact = truth(layer, b)
+    for tol in (0.3, 0.03):
+        layer.solver = Picard(tol=tol, steps=5, on_failure="ignore")
+        solution = layer.solve(b)
+        if solution.proven.item():
+            assert solution.lower <= exact * (1 + RELIABLE)
+            assert exact <= solution.upper * (1 + RELIABLE)
+            assert (solution.value - exact).abs() / exact <= solution.error_bound + RELIABLE
 
 
 @given(dense_problems())
@@ -130,6 +224,22 @@ def test_outward_rounding_and_error_bound() -> None:
     assert float(bound) == pytest.approx(0.1 / 0.9, rel=1e-5)
     assert relative_error_bound(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)) == 0
     assert relative_error_bound(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1)).isinf()
+    tiny = torch.tensor([[1e-310]], dtype=torch.float64)
+    assert relative_error_bound(tiny, tiny, 2 * tiny) == pytest.approx(1, rel=1e-12)
+    for value in (torch.nan, torch.inf):
+        assert relative_error_bound(value * tiny, tiny, 2 * tiny).isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bounds_beyond_the_range_of_the_layer_stay_on_their_side(dtype: torch.dtype) -> None:
+    huge = torch.tensor([[1e300]], dtype=torch.float64)
+    for signed in (False, True):
+        low, high = round_outward(huge, 2 * huge, dtype, signed=signed)
+        assert low.item() == torch.finfo(dtype).max
+        assert high.item() == torch.inf
+    low, high = round_outward(-2 * huge, -huge, dtype, signed=True)
+    assert low.item() == -torch.inf
+    assert high.item() == -torch.finfo(dtype).max
 
 
 def test_a_priori_contraction_in_the_thompson_metric() -> None:

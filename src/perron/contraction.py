@@ -29,7 +29,7 @@ from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.activations import Activation, get_activation
 from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep
-from perron.rounding import gamma
+from perron.rounding import Number, Rounding, gamma
 
 __all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "variation"]
 
@@ -126,6 +126,11 @@ def check_nonnegative(step: AffineStep) -> None:
             raise Refusal(f"the {name} of an affine step has the entry {low:.3g}; it must be nonnegative")
 
 
+def rest(q: Number, d: Number) -> Number:
+    """At least d(F(z), z*), from d = d(z, F(z)) and d(F(z), z*) <= q d(z, z*) <= q (d + d(F(z), z*)), for 0 <= q < 1."""
+    return q / (1 - q) * d
+
+
 @dataclass(frozen=True)
 class Contraction:
     """By how much F contracts, per sample, in float64.
@@ -136,7 +141,7 @@ class Contraction:
         weights: (batch, ...) w of that norm.
         lower, upper: (batch, ...) the box, which F maps into itself; it contains every fixed point.
         error: (batch, ...) bound on the rounding of F on the box, absolute.
-        relative: bound on it relative to F, for nonnegative weights; inf for others.
+        rounding: of F for nonnegative weights and injections; infinite for others.
     """
 
     thompson: Tensor
@@ -145,7 +150,7 @@ class Contraction:
     lower: Tensor
     upper: Tensor
     error: Tensor
-    relative: float
+    rounding: Rounding
 
     @property
     def factor(self) -> Tensor:
@@ -158,27 +163,35 @@ class Contraction:
 
     def enclose(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds of z* and (batch,) whether they are proven, from z in the box and the computed F(z), float64."""
-        low, high = torch.full_like(fz, -math.inf), torch.full_like(fz, math.inf)
-        q = self.supremum
-        error = torch.nan_to_num(self.error, nan=math.inf)
-        distance = amax(((fz - z).abs() + error) / self.weights) * (1 + 8 * _U)
-        radius = q / (1 - q) * distance * (1 + 8 * _U)
-        by_norm = (q < 1) & radius.isfinite() & (amax(error) < math.inf)
-        reach = per_sample(torch.where(by_norm, radius, math.inf), fz) * self.weights + error
-        reach = reach * (1 + 4 * _U) + 4 * _U * fz.abs()
-        low, high = torch.maximum(low, fz - reach), torch.minimum(high, fz + reach)
-        by_degree = torch.zeros_like(by_norm)
-        if self.relative < 0.5:
-            # In logarithms, whose own rounding is that of numbers up to some hundreds.
-            slack = 2 * self.relative + 1e-12
-            apart = amax(torch.log(fz / z).abs()) + slack
-            spread = self.thompson / (1 - self.thompson) * (apart + slack) * (1 + 1e-12) + slack
-            by_degree = (self.thompson < 1) & (amin(torch.where(z > 0, fz, 0.0)) > 0) & spread.isfinite()
-            # Without the degree a sample may have any sign, and 0 is no lower bound of it.
-            mask, factor = per_sample(by_degree, fz), per_sample(torch.exp(spread), fz)
-            low = torch.where(mask, torch.maximum(low, fz / factor), low)
-            high = torch.where(mask, torch.minimum(high, fz * factor), high)
+        low, high, by_norm = self._by_norm(z, fz)
+        spread, by_degree = self._by_degree(z, fz)
+        # Without the degree a sample may have any sign, and 0 is no lower bound of it.
+        mask, factor = per_sample(by_degree, fz), per_sample(torch.exp(spread), fz)
+        low = torch.where(mask, torch.maximum(low, fz / factor), low)
+        high = torch.where(mask, torch.minimum(high, fz * factor), high)
         return low, high, (by_norm | by_degree) & all_finite(fz)
+
+    def _by_norm(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds in the weighted norm, whether F(z) was computed with `error` or without."""
+        q, error = self.supremum, torch.nan_to_num(self.error, nan=math.inf)
+        # 1 - q is exact from 1/2 on, and rounded once below.
+        distance = amax(((fz - z).abs() + error) / self.weights) * (1 + 8 * _U)
+        radius = rest(q, distance) * (1 + 8 * _U)
+        proven = (q < 1) & radius.isfinite() & (amax(error) < math.inf)
+        reach = per_sample(torch.where(proven, radius, math.inf), fz) * self.weights + error
+        reach = reach * (1 + 4 * _U) + 4 * _U * fz.abs()
+        return fz - reach, fz + reach, proven
+
+    def _by_degree(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch,) a bound on |log(z*/fz)| in Thompson's metric, and whether it is proven."""
+        mu, least = self.thompson, amin(torch.where(z > 0, fz, 0.0))
+        # F = (fz - A)/(1 + r) with |A| <= absolute and |r| <= relative; |log(1 - x)| <= 2 |x| for |x| <= 1/2. The last term
+        # covers the rounding of quotients, and of logarithms and exponentials of numbers up to some hundreds.
+        share = self.rounding.relative + self.rounding.absolute / least
+        slack = 2 * share + 1e-12
+        apart = amax(torch.log(fz / z).abs()) + slack
+        spread = rest(mu, apart) * (1 + 1e-12) + slack
+        return spread, (mu < 1) & (least > 0) & (share < 0.5) & spread.isfinite()
 
 
 @torch.no_grad()
@@ -189,23 +202,23 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
     the weighted sup norm on the smallest box found.
     """
     try:
-        mu, relative = degree(chain), chain.rounding(torch.float64, injection[:1].numel()).relative
+        mu, rounding = degree(chain), chain.rounding(torch.float64, injection[:1].numel())
     except Refusal:
-        mu, relative = math.inf, math.inf
+        mu, rounding = math.inf, Rounding(math.inf, math.inf)
     unknown = torch.full((len(injection),), math.inf, dtype=injection.dtype, device=injection.device)
     whole, ones = torch.full_like(injection, math.inf), torch.ones_like(injection)
     nonnegative = all_true(injection >= 0)
     if mu < 1 and bool((nonnegative | ~all_finite(injection)).all()):
         least = torch.full_like(injection, torch.finfo(injection.dtype).tiny)
-        return Contraction(torch.where(nonnegative, mu, unknown), unknown, ones, least, whole, whole, relative)
+        return Contraction(torch.where(nonnegative, mu, unknown), unknown, ones, least, whole, whole, rounding)
     thompson = torch.where(nonnegative & (mu < 1), mu, unknown)
     box = _invariant_box(chain, injection)
     if box is None:
-        return Contraction(thompson, unknown, ones, -whole, whole, whole, relative)
+        return Contraction(thompson, unknown, ones, -whole, whole, whole, rounding)
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
     factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
-    return Contraction(thompson, factor, weights, lower, upper, error, relative)
+    return Contraction(thompson, factor, weights, lower, upper, error, rounding)
 
 
 def gain(chain: Chain) -> float:

@@ -1,12 +1,19 @@
 """Two-sided bounds on the fixed point of a positive concave cell, proven from a few evaluations of f.
 
-If `p >= 0` and `f(p) >= p` then `p <= z*`; if `f(q) <= q` then `z* <= q`. Both are checked with the rounding error of f
-on the unfavourable side. Concavity gives more from the same evaluations:
+f is nonnegative, nondecreasing and concave on the orthant, with exactly one fixed point z*, which the certificate of the
+cell vouches for. Then f(x) >= x >= 0 implies x <= z*, and f(x) <= x implies z* <= x. From f(0), f(p) and f(q) with
+0 <= p <= q more such points follow. All of it is entrywise; l is a lower bound of f(0), and s, a, t are numbers:
 
-    f((1-a) p) >= (1-a) f(p) + a f(0)          a point that misses by rounding only is mended by a little scaling,
-    f((1+a) q) <= (1+a) f(q) - a f(0)          downwards or upwards,
-    f((1-t) p + t q) >= (1-t) f(p) + t f(q)    and the chord from p to q gives a far better lower bound: its point at t
-                                               is below z* as long as t (q - f(q)) <= (1-t) (f(p) - p).
+    f((1-s) p) >= (1-s) f(p) + s l          for 0 <= s <= 1, so (1-s) p lies below z* if (1-s) (p - f(p)) <= s l;
+    f((1+a) q) <= (1+a) f(q) - a l          for a >= 0, so (1+a) q lies above z* if (1+a) (f(q) - q) <= a l:
+                                            with f(q) - q <= m l and m < 1, if a >= m/(1-m); with m >= 1 for no a;
+    f((1-t) x + t y) >= (1-t) f(x) + t f(y) for 0 <= t <= 1 and any x, y >= 0, so (1-t) x + t y lies below z* if
+                                            t (y - f(y)) <= (1-t) (f(x) - x): the chord from x = (1-s) p to y = (1+a) q.
+
+Where f is affine all three are equalities. What lies below z* stays there when it is scaled down, and what lies above
+when it is scaled up (the first two lines without a miss), so that points may be rounded towards the safe side; and f of
+such a point is a bound of z*, too, and the better one. The rounding of f is taken on the unfavourable side, as is that of
+the inequalities: no scalar of a proof is formed from a difference of numbers that have lost their digits.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.affine import Refusal
 from perron.cells import Chain, trace
 from perron.certificates import derive
-from perron.rounding import Rounding, unit_roundoff
+from perron.rounding import Number, Rounding, unit_roundoff
 
 __all__ = [
     "Enclosure",
@@ -55,25 +62,35 @@ class Enclosure:
     evaluations: int = 0
 
 
-def chord(gain: Tensor, loss: Tensor) -> Tensor:
-    """Nearly the smallest w with `(1 - w) loss <= w gain` per sample, reshaped to broadcast: how far to stay from q.
+# The largest m for which the upper point is scaled: a = m/(1-m) is then 9.
+_MOST_LACK = 0.9
 
-    Entries with `loss = 0` do not bind. The result is 0.1 % on the safe side, which covers its own rounding; 1 - w is only
-    that accurate where w is far above the unit roundoff.
+
+def super_scaling(m: Number) -> Number:
+    """The smallest a >= 0 with `(1 + a) m <= a`, for 0 <= m < 1."""
+    return m / (1 - m)
+
+
+def chord_weights(r: Number) -> tuple[Number, Number]:
+    """1 - t and t for the largest t with `t <= (1 - t) r`, r >= 0."""
+    return 1 / (1 + r), r / (1 + r)
+
+
+def chord(gain: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - t and t for nearly the largest t with `t loss <= (1 - t) gain`, per sample, reshaped to broadcast.
+
+    With the ratio r, at most the least gain/loss, t = r/(1 + r) and 1 - t = 1/(1 + r) are each accurate to a few units of
+    roundoff; neither is taken as the difference of the other from 1, which has no digits where it is near 0.
 
     Args:
-        gain: (batch, ...) f(p) - p, not negative.
-        loss: (batch, ...) q - f(q), not negative.
+        gain: (batch, ...) f(x) - x or less, with a relative error of at most 1000 units of roundoff.
+        loss: (batch, ...) y - f(y) or more, likewise; entries with `loss <= 0` do not bind.
     """
-    # The smallest number there is makes 0/0 infinite (a selection by mask costs ten times as much). It is no risk: in
-    # its presence f still gains by the final scaling of `prove`, see there.
-    ratio = (gain + _smallest(gain.dtype)).div_(loss)
-    s = (amin(ratio) * (1 - 1e-3)).clamp(0, 1e30)
-    return per_sample(1 / (1 + s), gain)
-
-
-def _smallest(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    u, tiny = unit_roundoff(gain.dtype), torch.finfo(gain.dtype).tiny
+    # What underflow may have added to a gain or taken from a loss is far below the smallest normal number.
+    ratio = (gain - tiny).clamp_min_(0).div_(loss.clamp_min(0).add_(tiny))
+    r = per_sample(amin(ratio) * (1 - 2048 * u), gain).clamp_max(1 / u**2)
+    return chord_weights(r)
 
 
 @dataclass(frozen=True)
@@ -94,26 +111,31 @@ def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
     """
     p, q = values.p, values.q
     u = unit_roundoff(p.dtype)
-    # The factors 1 -/+ 8u here and 1.01 below cover the roundings of these very lines. In place where that saves memory.
+    # The factors 1 -/+ 8u and twice the absolute error cover the roundings of these very lines. In place to save memory.
     down, up = (1 - rounding.relative) * (1 - 8 * u), (1 + rounding.relative) * (1 + 8 * u)
     low_zero, low_p, low_q = (
         (f * down).sub_(2 * rounding.absolute).clamp_min_(0) for f in (values.at_zero, values.at_p, values.at_q)
     )
     high_q = (values.at_q * up).add_(2 * rounding.absolute)
     miss = p - low_p
-    shrink = _needed_scaling(miss, low_zero)
-    grow = _needed_scaling(high_q - q, low_zero)
+    # (1-s) m <= s holds for s = m already. The hundredth more leaves every entry a gain of at least s l/101, so that the
+    # digits that its difference loses are few.
+    shrink = _needed(miss, low_zero) * 1.01
+    lack = _needed(high_q - q, low_zero)
     # Comparisons with NaN are false.
     ordered = (amin(p) >= 0) & (amin(q - p) >= 0) & (amax(q) < torch.inf) & (amax(values.at_q) < torch.inf)
-    proven = ordered & (shrink < 0.5) & (grow < 1)
+    proven = ordered & (shrink <= 1) & (lack <= _MOST_LACK)
+    # 1 - m loses a digit at most, for m up to that.
+    grow = super_scaling(lack) * (1 + 32 * u)
     shrink, grow = per_sample(shrink, p), per_sample(grow, p)
     gain = torch.addcmul(shrink * low_zero, shrink - 1, miss).clamp_min_(0)
-    top = (1 + grow) * q
-    w = chord(gain, (top - low_q).clamp_min_(0))
+    top = (1 + grow) * (1 + 4 * u) * q
+    stay, go = chord(gain, top - low_q)
     first = torch.addcmul(gain, 1 - shrink, p)
-    # The factor takes at least 16u f(0) off: more than the smallest number that `chord` may have added to a gain.
-    lower = torch.maximum(first, torch.lerp(low_q, first, w)).mul_(1 - 16 * u)
-    upper = torch.minimum(top, high_q.mul_(1 + grow)).mul_(1 + 16 * u)
+    # f((1-t) x + t y) >= (1-t) (x + gain) + t f(y), sums of nonnegative numbers; the error of gain is some 6u f(x).
+    lower = torch.maximum(first, torch.addcmul(stay * first, go, low_q)).mul_(1 - 32 * u)
+    # f((1+a) q) <= (1+a) f(q).
+    upper = torch.minimum(top, high_q.mul_(1 + grow)).mul_(1 + 32 * u)
     proven &= amin(lower) >= 0
     residual = amax((q / values.at_q.clamp_min(torch.finfo(p.dtype).tiny)).sub_(1).abs_())
     return Enclosure(lower, upper, proven, p.dtype, residual)
@@ -123,15 +145,17 @@ def observe(trial: Evaluated) -> Enclosure:
     """The bounds of `prove` taken at face value, rounding ignored: nothing is proven by them, whatever `proven` says."""
     z, s, high = trial.p, trial.at_p, torch.minimum(trial.at_q, trial.q)
     noise = 4 * unit_roundoff(z.dtype) * s
-    w = chord((s - z).clamp_min(0), (trial.q - high - noise).clamp_min(0))
-    lower = torch.lerp(high, s, w)
+    stay, go = chord((s - z).clamp_min(0), trial.q - high - noise)
+    lower = torch.addcmul(stay * s, go, high)
     residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
     return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
 
 
-def _needed_scaling(miss: Tensor, at_zero: Tensor) -> Tensor:
-    """(batch,) the smallest a with `miss <= a f(0)`, a little enlarged; inf or NaN where there is none."""
-    return amax((miss / at_zero).clamp_min_(0)) * 1.01
+def _needed(miss: Tensor, low_zero: Tensor) -> Tensor:
+    """(batch,) at least the smallest m >= 0 with `miss <= m low_zero`, hardly more; inf or NaN where there is none."""
+    # The last term covers what underflow takes off; it is nothing beside the roundoff of 1.
+    most = amax((miss / low_zero).clamp_min_(0))
+    return most * (1 + 8 * unit_roundoff(miss.dtype)) + torch.finfo(miss.dtype).tiny
 
 
 def prove_points(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding: Rounding) -> Enclosure:
@@ -146,7 +170,8 @@ def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """(batch,) bound on max_i |value - z*|_i / z*_i from lower <= z* <= upper, rounded up; 0/0 counts 0."""
     value = value.to(lower.dtype)
     gap = torch.maximum(upper - value, value - lower)
-    bound = amax(gap.div_(lower.clamp_min(torch.finfo(lower.dtype).tiny))) * (1 + 8 * unit_roundoff(lower.dtype))
+    # z* >= lower; a difference of floating-point numbers and a quotient are each rounded once, subnormal ones included.
+    bound = amax(torch.where(gap > 0, gap / lower, gap)) * (1 + 8 * unit_roundoff(lower.dtype))
     # Without a positive lower bound there is no relative one, unless nothing is between them. NaN compares false.
     return torch.where((amin(lower) > 0) & (bound >= 0) | (bound == 0), bound, torch.inf)
 
@@ -156,10 +181,13 @@ def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype, *, signed: b
     if dtype == lower.dtype:
         return lower, upper
     # A step outwards beyond the rounding, relative and for tiny numbers absolute.
-    slack, least = 4 * unit_roundoff(dtype), 2 * _smallest(dtype)
+    slack, least = 4 * unit_roundoff(dtype), 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    # What is beyond the range of `dtype` must not become an infinite lower bound, nor one of -inf above.
+    most = torch.finfo(dtype).max
     if signed:
-        return (lower - slack * lower.abs() - least).to(dtype), (upper + slack * upper.abs() + least).to(dtype)
-    low = (lower * (1 - slack)).sub_(least).clamp_min_(0).to(dtype)
+        low, high = lower - slack * lower.abs() - least, upper + slack * upper.abs() + least
+        return low.clamp_max(most).to(dtype), high.clamp_min(-most).to(dtype)
+    low = (lower * (1 - slack)).sub_(least).clamp_(0, most).to(dtype)
     return low, (upper * (1 + slack)).add_(least).to(dtype)
 
 

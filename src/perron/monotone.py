@@ -18,15 +18,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, per_sample
+from perron._batch import all_finite, euclidean, per_sample
 from perron.activations import Activation
 from perron.affine import AffineStep
 from perron.cells import Chain, InjectStep
-from perron.rounding import gamma
+from perron.rounding import Number, gamma
 
 __all__ = ["Monotonicity", "margin", "monotonicity"]
 
 _U = 2.0**-53
+# More than underflow in the few operations of a proof amounts to.
+_TINY = 1e-300
+
+
+def distance(image: Number, m: Number) -> Number:
+    """At least |y - z*|, from m |y - z*|^2 <= <W (z - y), y - z*> <= image |y - z*|, for m > 0."""
+    return image / m
 
 
 def nonexpansive(activation: Activation) -> bool:
@@ -98,20 +105,17 @@ class Monotonicity:
         magnitude = self.step.magnitude()
         sizes = magnitude(z.abs()) + self.injection.abs()
         terms = gamma(self.step.terms + 6, torch.float64)
-        error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + 1e-300
+        # Of fz: sigma passes on at most the error of its argument and adds its own.
+        error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + _TINY
         moved = fz - z
-        image = _norm(self.step.linear(moved))
-        slack = terms * _norm(magnitude.linear(moved.abs()))
-        radius = (image + 2 * slack + self.norm * _norm(error)) / self.margin
-        radius = radius * (1 + gamma(fz[:1].numel() + 16, torch.float64))
+        image = euclidean(self.step.linear(moved))
+        slack = terms * euclidean(magnitude.linear(moved.abs()))
+        # |W (y - z)| with y within `error` of fz, and with the rounding of fz - z and of the product.
+        radius = distance(image + 2 * slack + self.norm * euclidean(error), self.margin)
+        radius = radius * (1 + gamma(fz[:1].numel() + 16, torch.float64)) + _TINY
         reach = (per_sample(radius, fz) + error) * (1 + 4 * _U) + 4 * _U * fz.abs()
         proven = all_finite(fz) & radius.isfinite() & all_finite(self.injection)
         return fz - reach, fz + reach, proven
-
-
-def _norm(t: Tensor) -> Tensor:
-    """(batch,) Euclidean norm of every sample."""
-    return t.flatten(1).norm(dim=1)
 
 
 @torch.no_grad()

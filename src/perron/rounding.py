@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rounding", "gamma", "unit_roundoff"]
+__all__ = ["Number", "Rounding", "gamma", "unit_roundoff"]
+
+
+# A scalar of a proof: a float, a tensor, or a term of a solver that checks its formula for all real numbers.
+Number: TypeAlias = Any
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,9 @@ class _Proving:
         chain, b = self.low.map, self.low.injection
         assert isinstance(chain, Chain)
         p = chain.at_zero(b)
-        plain = chain.plainly() if self.proving else chain
+        # Coarser steps than the layer's have rounded its weights and injections: they bound nothing of its map.
+        exact = b.dtype == self.b.dtype
+        plain = (chain.plainly() if exact else None) if self.proving else chain
         if plain is None:
             plain, b, rounding = self.chain, self.exact.injection, self.rounding
         else:

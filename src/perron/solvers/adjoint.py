@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, per_sample
+from perron._batch import all_finite, amax, euclidean, per_sample
 from perron.affine import AffineStep, DenseStep
 from perron.cells import Chain, ChainLinearization, Linearization, Map
 from perron.contraction import sensitivity, variation
 from perron.monotone import margin
-from perron.rounding import gamma, unit_roundoff
+from perron.rounding import Number, gamma, unit_roundoff
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import AdjointSolution, Solver, Structure, report_failure
 from perron.solvers.iteration import Found, Method, Rule, iterate
@@ -230,6 +230,16 @@ def _direct(problem: _Linear, jacobian: ChainLinearization) -> Tensor | None:
     return torch.where(per_sample(all_finite(found.squeeze(2)), v), found.squeeze(2), v)
 
 
+def weighted_error(kappa: Number, residual: Number, spread: Number) -> Number:
+    """At least ||g - g*||, from ||g - g*|| <= kappa ||c - g*|| + spread and ||c - g*|| <= residual + ||g - g*||, kappa < 1."""
+    return (kappa * residual + spread) / (1 - kappa)
+
+
+def amplification(norm: Number, m: Number) -> Number:
+    """|g* - c| / |r| at most, for m |y|^2 <= <r, y> and |g* - c| <= norm |y| + |r|, m > 0; see `_MonotoneProof`."""
+    return 1 + norm / m
+
+
 class _Proof:
     """The weighted norm in which J*^T contracts, and the error bound in it, rounding included.
 
@@ -268,19 +278,20 @@ class _Proof:
             start = steep.slope * model.rows.view_as(lower[:1])
         weights, image, kappa = _weights(steep, start, self.rounding, fixed)
         self.weights, self.kappa = weights.double(), kappa.double()
-        self.spread = self._spread(lower.double(), upper.double(), image.double(), by_value is not None)
+        slope = None if by_value is None else steep.slope.double()
+        self.spread = self._spread(lower.double(), upper.double(), image.double(), slope)
         self.exact_rounding = 4 * gamma(count, torch.float64)
 
-    def _spread(self, lower: Tensor, upper: Tensor, image: Tensor, by_value: bool) -> Tensor:
-        """At least (J(lower) - J(upper)) w, given J(lower) w."""
+    def _spread(self, lower: Tensor, upper: Tensor, image: Tensor, slope: Tensor | None) -> Tensor:
+        """At least (J(lower) - J(upper)) w, given J(lower) w, and the slopes in it where these come from the value."""
         image = image * (1 + self.rounding)
-        if by_value:
+        if slope is not None:
             # J = D A: the difference of the diagonals is exact enough, and needs no product.
             steep = self.exact.linearize_at_fixed_point(lower, "upper")
             flat = self.exact.linearize_at_fixed_point(upper, "lower")
             assert steep is not None
             assert flat is not None
-            share = (steep.slope - flat.slope) / steep.slope.clamp_min(torch.finfo(image.dtype).tiny)
+            share = (steep.slope - flat.slope) / slope.clamp_min(torch.finfo(image.dtype).tiny)
             return image * share * (1 + 1e-12)
         flat = self.exact.linearize_steps(upper, self.injection.double(), "lower")
         return (image - flat.matvec(self.weights) * (1 - self.rounding)).clamp_min(0)
@@ -292,15 +303,17 @@ class _Proof:
         g = exact.to(v.dtype)
         norm, residual = _norm(w, g.double()), _norm(w, exact - c)
         entries = g[0].numel()
-        total = self.kappa * residual + torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
+        spread = torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
         # Underflow of single products is absolute; the rest is relative to what was summed.
         noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v))
         noise = noise + torch.where(norm > 0, 1e-290 * entries, 0.0)
         rounded = _norm(w, exact - g.double())
-        bound = ((total + noise) / (1 - self.kappa) + rounded) / norm
+        bound = (weighted_error(self.kappa, residual, spread + noise) + rounded) / norm
         # The last factor is for the norms themselves.
         bound = bound * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
-        bound = torch.where((norm == 0) & (total == 0) & (rounded == 0), 0.0, bound)
+        # The adjoint of nothing is nothing; a norm of 0 alone may be that of products below the range.
+        nothing = (amax(c.abs()) == 0) & (amax(exact_v.abs()) == 0)
+        bound = torch.where(nothing, 0.0, bound)
         proven = (self.kappa < 1) & all_finite(g) & torch.isfinite(bound)
         relative = torch.where(norm > 0, residual / norm, residual)
         return g, relative.to(v.dtype), torch.where(proven, bound, math.inf)
@@ -346,7 +359,7 @@ class _MonotoneProof:
         step = plain.steps[0]
         assert isinstance(step, AffineStep)
         self.step, self.norm = step, step.norm()
-        self.amplification = (1 + self.norm / least) * (1 + 1e-12)
+        self.amplification = amplification(self.norm, least) * (1 + 1e-12)
 
     def judge(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(batch,) the relative residual of a candidate, and the bound on |candidate - g*| / |candidate|."""
@@ -357,17 +370,12 @@ class _MonotoneProof:
         # Any slope will do: what it is away from the exact one is bounded over the whole enclosure.
         away = torch.maximum(self.steepest - slope, slope - self.flattest).clamp_min(0) * c.abs()
         rounding = 2 * gamma(self.step.terms + 8, c.dtype)
-        size, norms = _euclidean(c), 1 + gamma(c[:1].numel() + 16, c.dtype)
-        total = _euclidean(r) + rounding * _euclidean(summed) + self.norm * _euclidean(away) + 1e-290
+        size, norms = euclidean(c), 1 + gamma(c[:1].numel() + 16, c.dtype)
+        total = euclidean(r) + rounding * euclidean(summed) + self.norm * euclidean(away) + 1e-290
         bound = self.amplification * total / size * norms**2
-        relative = torch.where(size > 0, _euclidean(r) / size, _euclidean(r))
-        bound = torch.where((size == 0) & (_euclidean(v) == 0), 0.0, bound)
+        relative = torch.where(size > 0, euclidean(r) / size, euclidean(r))
+        bound = torch.where((size == 0) & (euclidean(v) == 0), 0.0, bound)
         return relative.to(candidate.dtype), torch.where(all_finite(c) & bound.isfinite(), bound, math.inf)
-
-
-def _euclidean(t: Tensor) -> Tensor:
-    """(batch,) Euclidean norm of every sample."""
-    return t.flatten(1).norm(dim=1)
 
 
 def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,11 +148,11 @@ class _Contracting:
         """
         entrywise = relative_error_bound(value, best.lower, best.upper)
         gap = amax(torch.maximum(best.upper - value.double(), value.double() - best.lower))
-        size = torch.maximum(amax(torch.maximum(best.lower, -best.upper)), amax(self.exact.injection.abs())).clamp_min(
-            1e-300
-        )
-        bound = torch.where(amin(best.lower) > 0, entrywise, gap / size * (1 + 1e-15))
-        return torch.where(best.proven, bound, math.inf)
+        size = torch.maximum(amax(torch.maximum(best.lower, -best.upper)), amax(self.exact.injection.abs()))
+        # Where nothing bounds the size from below, neither is the error bounded; NaN compares false.
+        largest = torch.where(gap > 0, gap / size.clamp_min(0), gap) * (1 + 8 * unit_roundoff(gap.dtype))
+        bound = torch.where(amin(best.lower) > 0, entrywise, largest)
+        return torch.where(best.proven & (bound >= 0), bound, math.inf)
 
     def _solution(self, middle: Tensor, best: _Proven, rate: Tensor) -> Solution:
         b = self.problem.injection

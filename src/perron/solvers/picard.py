@@ -115,11 +115,10 @@ class _Enclosing:
         if z0 is None:
             return at_zero, zero, at_zero, 1
         z0 = torch.where(z0.isfinite(), z0, 0.0).to(self.dtype).clamp_min(0)
-        # f(t z0) >= t f(z0) + (1 - t) f(0) >= t z0 for this t.
-        low = at_zero * (1 - 2 * self.rounding.relative)
-        w = chord(low, (z0 - problem(z0) * (1 - 2 * self.rounding.relative)).clamp_min(0))
-        # Far above the unit roundoff, so that 1 - w is rounded by less than the margin of w.
-        z = (1 - w.clamp_min(1e4 * unit_roundoff(self.dtype))) * z0
+        # The chord from 0 to z0: f(t z0) >= (1 - t) f(0) + t f(z0) >= t z0 for this t.
+        low = 1 - 2 * self.rounding.relative
+        _, t = chord(at_zero * low, z0 - problem(z0) * low)
+        z = t * z0
         return at_zero, z, problem(z), 3
 
     def _take(self, steps: int, z0: Tensor | None) -> None:
