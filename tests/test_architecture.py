@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "perron"
 ORDER = [
-    ("activations", "constraints", "rounding", "_batch"),
+    ("activations", "constraints", "rounding", "_batch", "_files"),
     ("structured",),
     ("affine",),
     ("cells",),
