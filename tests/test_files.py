@@ -83,9 +83,8 @@ def hold(path: str, ready, end) -> None:
 
 def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path) -> None:
     path = tmp_path / ".lock"
-    with lock(path):
-        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* is writing into"), lock(path):
-            pass
+    with lock(path), pytest.raises(BusyError, match=f"process {os.getpid()} on .* is writing into"), lock(path):
+        pass
     with lock(path):
         pass
     assert path.read_text() == ""

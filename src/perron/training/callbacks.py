@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from perron._files import replacing
 from perron.training.module import equilibrium_layers, spectral_radius
 
 __all__ = ["EpochLines", "History", "Progress", "StopAfter"]
@@ -48,7 +48,29 @@ class Progress(TQDMProgressBar):
         return dict(_summary(trainer.progress_bar_metrics, "_step"))
 
 
-class EpochLines(L.Callback):
+class _AtEpochEnd(L.Callback):
+    """What is known at the end of an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._validated = False
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
+
+    def metrics(self, trainer: L.Trainer) -> dict[str, float]:
+        """Of this epoch alone: Lightning keeps those of the last validation until the next."""
+        return {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if not name.endswith("_step") and (self._validated or not name.startswith("val_"))
+        }
+
+
+class EpochLines(_AtEpochEnd):
     """The same once an epoch as a line of text, where there is no terminal.
 
     Args:
@@ -60,12 +82,14 @@ class EpochLines(L.Callback):
         self.write = write
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        parts = [f"{k} {v}" for k, v in _summary(trainer.callback_metrics, "_epoch").items()]
+        parts = [f"{k} {v}" for k, v in _summary(self.metrics(trainer), "_epoch").items()]
         self.write(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: " + ", ".join(parts))
 
 
-class History(L.Callback):
+class History(_AtEpochEnd):
     """One row of metrics per epoch, kept in the checkpoints and rewritten whole to `history.csv` after every epoch.
+
+    An epoch that was interrupted has no row; one that a limit on the steps cuts short has that of its steps.
 
     Args:
         folder: where `history.csv` goes.
@@ -77,36 +101,32 @@ class History(L.Callback):
         self.rows: list[dict[str, float]] = []
         self._started = 0.0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A kill after the row of an epoch and before its checkpoint leaves a row of weights that are lost.
+        if self.rows:
+            self.write()
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._started = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Before the checkpoint of this epoch is written: it then holds this row, less the training averages.
-        if not trainer.sanity_checking and trainer.training:
-            self._record(trainer, pl_module)
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._record(trainer, pl_module)
-        self.write()
-
-    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = {"epoch": float(trainer.current_epoch), "seconds": time.perf_counter() - self._started}
-        row |= {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("_step")}
+        row |= self.metrics(trainer)
         row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
         for name, layer in equilibrium_layers(pl_module):
             if (radius := spectral_radius(layer)) is not None:
                 row[f"spectral_radius {name}"] = radius
         self.rows = [r for r in self.rows if r["epoch"] != row["epoch"]] + [row]
+        self.write()
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        partial = self.folder / "history.csv.part"
-        with partial.open("w", newline="") as file:
+        with replacing(self.folder / "history.csv") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, self.folder / "history.csv")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from perron.certificates import spectral_radius_bound
@@ -38,6 +40,34 @@ def spectral_radius(layer: nn.Module) -> float | None:
     if not isinstance(weight, Tensor) or bool((weight < 0).any()):
         return None
     return spectral_radius_bound(weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight)
+
+
+_Scheduler = torch.optim.lr_scheduler.OneCycleLR | torch.optim.lr_scheduler.CosineAnnealingLR
+
+
+class _OfEpoch(Metric):
+    """A value of every training step of an epoch: their mean over the samples, or the largest.
+
+    Logged once an epoch and computed when it is asked for, thus complete for callbacks at the end of the epoch, which come
+    before the module's own hook. Lightning's own bookkeeping of a step takes longer than the step of a small network.
+    """
+
+    def __init__(self, largest: bool) -> None:
+        super().__init__(sync_on_compute=False)
+        self.largest = largest
+        self.values: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def update(self, value: Tensor, size: int) -> None:
+        self.values.append(value)
+        self.sizes.append(size)
+
+    def compute(self) -> Tensor:
+        values = torch.stack(self.values).float()
+        if self.largest:
+            return values.max()
+        weights = torch.tensor(self.sizes, dtype=torch.float32, device=values.device)
+        return (values * weights).sum() / weights.sum()
 
 
 class Classifier(L.LightningModule):
@@ -82,8 +112,10 @@ class Classifier(L.LightningModule):
         self.accuracy = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("val", "test")}
         )
-        self._tally: dict[str, list[Tensor]] = {}
-        self._sizes: list[int] = []
+        self._of_epoch: dict[str, _OfEpoch] = {}
+        self._size = 0
+        # Of this module's own schedule, in steps; None where another was configured.
+        self._total: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -94,6 +126,7 @@ class Classifier(L.LightningModule):
                 layer.solver = replace(layer.solver, verify=dtype)
 
     def on_train_epoch_start(self) -> None:
+        self._of_epoch = {}
         self._verify_in(torch.float64 if self.certify_training else None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -121,7 +154,10 @@ class Classifier(L.LightningModule):
             extra = torch.stack([PENALTIES[self.penalty](s).mean() for s in states]).sum()
             loss = loss + self.penalty_weight * extra
             now["penalty"] = extra.detach()
-        self._note(now, len(y), index)
+        self._size = len(y)
+        self._note(now)
+        if index % _SHOW_EVERY == 0:
+            self._show(now)
         return loss
 
     def on_after_backward(self) -> None:
@@ -129,32 +165,23 @@ class Classifier(L.LightningModule):
         if adjoints:
             steps = torch.stack([a.steps.float().mean() for a in adjoints]).sum()
             error = torch.stack([a.error_bound.max() for a in adjoints]).max().float()
-            self._tally.setdefault("backward_steps", []).append(steps)
-            self._tally.setdefault("adjoint_error_bound", []).append(error)
+            self._note({"backward_steps": steps, "adjoint_error_bound": error})
 
-    def on_train_epoch_end(self) -> None:
-        if not self._tally:
-            return
-        weights = torch.tensor(self._sizes, dtype=torch.float32, device=self.device)
-        for name, values in self._tally.items():
-            stacked = torch.stack(values).float()
-            whole = stacked.max() if name in _LARGEST else (stacked * weights).sum() / weights.sum()
-            self.log(f"train_{name}" + ("" if name in _LARGEST else "_epoch"), whole)
-        self._tally, self._sizes = {}, []
-
-    def _note(self, values: dict[str, Tensor], size: int, index: int) -> None:
-        """Keep the values of a training step for the mean of its epoch; show some of them.
-
-        Lightning's own bookkeeping of a step takes longer than the step of a small network.
-        """
-        self._sizes.append(size)
+    def _note(self, values: dict[str, Tensor]) -> None:
+        """Keep the values of a training step for its epoch."""
         for name, value in values.items():
-            self._tally.setdefault(name, []).append(value)
-        if index % _SHOW_EVERY == 0:
-            shown = {f"train_{name}_step": value.float() for name, value in values.items()}
-            if backward := self._tally.get("backward_steps"):
-                shown["train_backward_steps_step"] = backward[-1]
-            self.log_dict(shown, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+            if name not in self._of_epoch:
+                self._of_epoch[name] = metric = _OfEpoch(name in _LARGEST)
+                logged = f"train_{name}" + ("" if name in _LARGEST else "_epoch")
+                self.log(logged, metric, on_step=False, on_epoch=True, metric_attribute=logged)
+            self._of_epoch[name].update(value, self._size)
+
+    def _show(self, values: dict[str, Tensor]) -> None:
+        """On the progress line."""
+        shown = {f"train_{name}_step": value.float() for name, value in values.items()}
+        if backward := self._of_epoch.get("backward_steps"):
+            shown["train_backward_steps_step"] = backward.values[-1]
+        self.log_dict(shown, prog_bar=True, on_step=True, on_epoch=False, batch_size=self._size)
 
     def _solutions(self) -> list[Solution]:
         return [s for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None]
@@ -196,10 +223,30 @@ class Classifier(L.LightningModule):
             [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=self.learning_rate,
         )
-        total = max(int(self.trainer.estimated_stepping_batches), 2)
-        schedule = (
-            torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=total)
-            if self.schedule == "one_cycle"
-            else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=1e-6)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._total = max(int(self.trainer.estimated_stepping_batches), 2)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler(optimizer, self._total), "interval": "step"},
+        }
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> _Scheduler:
+        if self.schedule == "one_cycle":
+            return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=total)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=1e-6)
+
+    def on_train_start(self) -> None:
+        """A run that is resumed with another number of epochs goes on in the schedule of that number."""
+        if self._total is None:
+            return
+        config = self.trainer.lr_scheduler_configs[0]
+        before: Any = config.scheduler
+        if (before.total_steps if self.schedule == "one_cycle" else before.T_max) == self._total:
+            return
+        for group in before.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        config.scheduler = self._scheduler(before.optimizer, self._total)
+        with warnings.catch_warnings():
+            # That the optimiser took no step in between.
+            warnings.simplefilter("ignore")
+            for _ in range(before.last_epoch):
+                config.scheduler.step()
