@@ -12,6 +12,7 @@ ORDER = [
     ("activations", "constraints", "rounding", "_batch", "_files"),
     ("structured",),
     ("affine",),
+    ("reading",),
     ("cells",),
     ("contraction", "monotone"),
     ("certificates",),

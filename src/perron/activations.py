@@ -99,6 +99,27 @@ class Activation:
         slope = slope + self.ulps * torch.finfo(lower.dtype).eps * self.slope_at_zero
         return slope if self.below_zero is not None else torch.where(lower >= 0, slope, torch.nan)
 
+    def over(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of sigma between `lower` and `upper`, entrywise, rounding included; NaN where nothing is known of it.
+
+        sigma is nondecreasing, so the ends are its values at the ends, each moved outwards by its own rounding.
+        """
+        eps, tiny = torch.finfo(lower.dtype).eps, torch.finfo(lower.dtype).tiny
+        if self.inner is not None:
+            base, shift, power = self.inner
+            low, high = (t + shift for t in base.over(lower, upper))
+            low, high = low - eps * (low.abs() + 2 * shift), high + eps * (high.abs() + 2 * shift)
+            # A negative base has no power: NaN.
+            low, high = (low, high) if power == 1 else (low.pow(power), high.pow(power))
+            return low - self.ulps * eps * low.abs() - tiny, high + self.ulps * eps * high.abs() + tiny
+        known = torch.ones_like(lower, dtype=torch.bool) if self.below_zero is not None else lower >= 0
+        low, high = (torch.where(known, self.function(t), torch.nan) for t in (lower, upper))
+        # Below zero, 2 sigma(0) - sigma(-v) is as exact as its two terms are.
+        low = low - self.ulps * eps * (low.abs() + 2 * self.at_zero) - tiny
+        high = high + self.ulps * eps * (high.abs() + 2 * self.at_zero) + tiny
+        least = self.at_zero if self.below_zero is None else self.infimum
+        return low.clamp(least, self.supremum), high.clamp(least, self.supremum)
+
 
 def sigmoid_derivative(v: Tensor) -> Tensor:
     """On the whole line."""
@@ -169,7 +190,8 @@ ACTIVATIONS: dict[str, Activation] = {
             torch.arctan,
             lambda v: (1 + v.square()).reciprocal(),
             0.0,
-            math.pi / 2,
+            # The nearest number is less than pi/2.
+            math.nextafter(math.pi / 2, 2.0),
             0.0,
             1.0,
             lambda s: torch.cos(s).square(),

@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from perron import reading
 from perron.activations import ACTIVATIONS, Activation, get_activation
 from perron.affine import AFFINE_MODULES, AffineStep, MaskStep, Refusal, affine_step
 from perron.rounding import Rounding, gamma, unit_roundoff
@@ -541,7 +541,8 @@ class AutomaticLinearization:
 # ---------------------------------------------------------------------------------------------------------------- trace
 
 
-_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Softsign: "softsign",
     nn.ReLU6: "relu6",
@@ -551,16 +552,42 @@ _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
 }
 
 
+def activation_of(module: nn.Module, kind: type[nn.Module], path: str) -> Activation | None:
+    """The activation that a module of that class applies to every entry; None where it is another module.
+
+    Raises:
+        Refusal: it is not one of `perron.activations`.
+    """
+    if kind is Activate:
+        assert isinstance(module, Activate)
+        if not _is_known(module.activation):
+            raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
+        return module.activation
+    if kind is nn.ReLU6 and (module.min_val, module.max_val) != (0, 6):
+        raise Refusal(f"{path} is a ReLU6 from {module.min_val} to {module.max_val}; use limits of 0 and 6")
+    return ACTIVATIONS[ACTIVATION_MODULES[kind]] if kind in ACTIVATION_MODULES else None
+
+
+def does_nothing(module: nn.Module, kind: type[nn.Module], path: str) -> bool:
+    """Whether a module of that class is a dropout in evaluation mode.
+
+    Raises:
+        Refusal: it is a dropout of torch's in training mode.
+    """
+    if kind is VariationalDropout:
+        assert isinstance(module, VariationalDropout)
+        return not module.active
+    if kind in _DROPOUTS and module.training:
+        raise Refusal(f"{path} is a {kind.__name__}, another map at every evaluation; use perron.nn.VariationalDropout")
+    return kind in _DROPOUTS
+
+
 def _steps(module: nn.Module, path: str) -> list[Step]:
-    kind = parametrize.type_before_parametrizations(module)
-    hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
-    if any(hooks) or "forward" in vars(module):
-        raise Refusal(f"{path} carries hooks or a replaced forward, whose effect cannot be verified")
-    if kind is nn.Sequential:
-        # Not named_children, which passes over a module that stands there twice.
-        return [
-            s for name, child in module._modules.items() if child is not None for s in _steps(child, f"{path}[{name}]")
-        ]
+    kind = reading.kind(module, path)
+    if kind in reading.CONTAINERS:
+        return [s for where, child in reading.children(module, path) for s in _steps(child, where)]
+    if does_nothing(module, kind, path):
+        return []
     if kind is Inject:
         return [InjectStep()]
     if kind is Normalize:
@@ -568,30 +595,25 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
         return [NormalizeStep(module.p, module.dim)]
     if kind is VariationalDropout:
         assert isinstance(module, VariationalDropout)
-        return [module.step()] if module.active else []
-    if issubclass(kind, nn.modules.dropout._DropoutNd):
-        if not module.training:
-            return []
-        raise Refusal(f"{path} is a {kind.__name__}, another map at every evaluation; use perron.nn.VariationalDropout")
-    if kind is Activate:
-        assert isinstance(module, Activate)
-        if not _is_known(module.activation):
-            raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
-        return [ActivationStep(module.activation)]
-    if kind in _ACTIVATION_MODULES:
-        return [ActivationStep(ACTIVATIONS[_ACTIVATION_MODULES[kind]])]
+        return [module.step()]
+    if (activation := activation_of(module, kind, path)) is not None:
+        return [ActivationStep(activation)]
     if kind in AFFINE_MODULES:
         return [affine_step(module)]
-    raise Refusal(f"{path} is a {kind.__name__}, which is not known to be nonnegative, nondecreasing and concave")
+    raise reading.unknown(kind, path, "nonnegative, nondecreasing and concave")
 
 
-def trace(cell: nn.Module) -> Chain:
+def trace(cell: nn.Module, path: str | None = None) -> Chain:
     """Read a cell into a `Chain`; the tensors stay attached to the parameters.
+
+    Args:
+        cell: the module.
+        path: what the paths of a refusal begin with; default the name of the cell's class.
 
     Raises:
         Refusal: a step is unknown, or there is not exactly one `Inject`.
     """
-    steps = _steps(cell, type(cell).__name__)
+    steps = _steps(cell, path or reading.name_of(cell))
     if sum(isinstance(s, InjectStep) for s in steps) != 1:
         raise Refusal("the cell must contain exactly one Inject()")
     return Chain(tuple(steps))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from perron import reading
 from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, InjectStep, trace
 from perron.contraction import check_nonnegative, degree, gain
@@ -277,6 +278,18 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
     return refused("; ".join(reasons), kind="subhomogeneous")
 
 
+def _of_layer(layer: nn.Module, path: str) -> Certificate:
+    """The layer's own certificate, if it is a layer of this library and nothing in it was altered."""
+    try:
+        kind = reading.kind(layer, path)
+        if kind not in reading.LAYERS:
+            raise reading.unknown(kind, path, "an equilibrium layer of perron.nn")
+        reading.read_twice(layer)
+    except Refusal as refusal:
+        return refused(str(refusal))
+    return layer.certificate()  # type: ignore[operator]
+
+
 def certify(module: nn.Module) -> Certificate:
     """Derive the certificate of an equilibrium layer, a cell, or a whole network, from its actual weights.
 
@@ -285,7 +298,8 @@ def certify(module: nn.Module) -> Certificate:
     the refusal says why.
 
     Args:
-        module: a layer with a `certificate()` method, a cell, or a module that contains such layers.
+        module: a layer of `perron.nn`, a cell, or a module that contains such layers. Layers with hooks or replaced methods
+            are refused.
 
     >>> from perron.cells import Activate, Inject
     >>> from perron.constraints import nonnegative
@@ -295,11 +309,10 @@ def certify(module: nn.Module) -> Certificate:
     >>> print(certify(nn.Sequential(nn.Linear(5, 5), nn.Tanh())).refusal)
     the module contains no equilibrium layer
     """
-    own = getattr(module, "certificate", None)
-    if callable(own):
-        return own()
+    if callable(getattr(module, "certificate", None)):
+        return _of_layer(module, reading.name_of(module))
     parts = [
-        (name, child.certificate())
+        (name, _of_layer(child, reading.path_of(module, name)))
         for name, child in module.named_modules()
         if callable(getattr(child, "certificate", None))
     ]
@@ -311,6 +324,7 @@ def certify(module: nn.Module) -> Certificate:
             True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
         )
     try:
+        reading.read_twice(module)
         chain = trace(module)
         concave = derive(chain, positive_injection=True)
         return concave if concave else either(concave, contracting(chain))

@@ -13,11 +13,13 @@ from torch import nn
 
 from perron.constraints import Method
 from perron.nn import PositiveConcaveConv2d, PositiveConcaveLinear
+from perron.reading import container
 from perron.solvers import Auto
 
 __all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet", "convolutional_blocks"]
 
 
+@container
 class Network(nn.Sequential):
     """A Sequential whose slices are plain ones: nn.Sequential would call the subclass's constructor."""
 
@@ -25,6 +27,7 @@ class Network(nn.Sequential):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
 
+@container
 class PositiveConcaveLinearNet(Network):
     """Flatten, Linear, BatchNorm, equilibrium of `width`, BatchNorm, Linear.
 
@@ -75,6 +78,7 @@ class PositiveConcaveLinearNet(Network):
         )
 
 
+@container
 class PositiveConcaveConvNet(Network):
     """One block per width: Conv3x3 (stride 2 from the second on), BatchNorm, equilibrium, MaxPool3x3, BatchNorm.
 

@@ -26,6 +26,7 @@ from perron.nn import (
 )
 from perron.nn.equilibrium import Injection, positive_injection
 from perron.nn.ode import NeuralODE
+from perron.reading import container
 from perron.solvers import Auto, Solver
 
 __all__ = ["CONVOLUTIONAL_CORES", "CORES", "RivalConvNet", "RivalNet", "matched_width", "parameter_count"]
@@ -110,6 +111,7 @@ CONVOLUTIONAL_CORES: dict[str, Callable[[int], nn.Module]] = {
 """The same for `RivalConvNet`: kernels of 3x3."""
 
 
+@container
 class RivalNet(Network):
     """Flatten, Linear, BatchNorm, core of `width`, BatchNorm, Linear.
 
@@ -142,6 +144,7 @@ class RivalNet(Network):
         )
 
 
+@container
 class RivalConvNet(Network):
     """The convolutional blocks of `perron.models.PositiveConcaveConvNet`, around a core for every block.
 

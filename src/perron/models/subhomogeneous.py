@@ -11,11 +11,13 @@ from torch import nn
 from perron.models.positive_concave import Network
 from perron.nn import SubhomogeneousConv2d, SubhomogeneousLinear
 from perron.nn.subhomogeneous import Weights
+from perron.reading import container
 from perron.solvers import Auto
 
 __all__ = ["SubhomogeneousConvNet", "SubhomogeneousLinearNet"]
 
 
+@container
 class SubhomogeneousLinearNet(Network):
     """Flatten, equilibrium of `width`, BatchNorm, Linear.
 
@@ -55,6 +57,7 @@ class SubhomogeneousLinearNet(Network):
         )
 
 
+@container
 class SubhomogeneousConvNet(Network):
     """Convolutional equilibrium of `width` channels at full resolution, BatchNorm, AvgPool, Linear.
 

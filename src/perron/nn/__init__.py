@@ -1,5 +1,6 @@
 """Equilibrium layers, and the modules their cells are made of."""
 
+from perron import reading
 from perron.cells import Activate, Inject, Normalize, VariationalDropout
 from perron.implicit import Phantom
 from perron.nn import penalties
@@ -21,6 +22,23 @@ from perron.nn.subhomogeneous import (
     SubhomogeneousLinear,
 )
 from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
+
+reading.layers(
+    Equilibrium,
+    GraphEquilibrium,
+    MonotoneConv2d,
+    MonotoneLinear,
+    PlainConv2d,
+    PlainLinear,
+    PositiveConcaveConv1d,
+    PositiveConcaveConv2d,
+    PositiveConcaveConv3d,
+    PositiveConcaveLinear,
+    SubhomogeneousConv1d,
+    SubhomogeneousConv2d,
+    SubhomogeneousConv3d,
+    SubhomogeneousLinear,
+)
 
 __all__ = [
     "Activate",

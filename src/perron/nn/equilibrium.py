@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perron import reading
 from perron.cells import Chain, Opaque, VariationalDropout, as_map
 from perron.certificates import Certificate, contracting, derive, either, refused
 from perron.enclosure import check_injection
@@ -26,14 +27,18 @@ Injection = Literal["softplus", "relu", "given", "free"]
 Gradient = Literal["implicit", "jacobian_free"] | Phantom
 
 SOFTPLUS_BETA = 5.0
-# softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points.
-SMALLEST_INJECTION = 1e-37
+# Beyond it torch's softplus is the identity. At its default, 20, that is a jump of 4e-10, which no bound of softplus allows
+# for; here it is 1e-18, less than the rounding of float64.
+SOFTPLUS_THRESHOLD = 40.0
+# softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points. About
+# 1e-37, and the same number in every precision.
+SMALLEST_INJECTION = 2.0**-123
 
 
 def positive_injection(b: Tensor, injection: Injection) -> Tensor:
     """Softplus or relu of b, monotone in it; "given" and "free" change nothing."""
     if injection == "softplus":
-        return F.softplus(b, beta=SOFTPLUS_BETA).clamp_min(SMALLEST_INJECTION)
+        return F.softplus(b, SOFTPLUS_BETA, SOFTPLUS_THRESHOLD).clamp_min(SMALLEST_INJECTION)
     return F.relu(b) if injection == "relu" else b
 
 
@@ -242,7 +247,8 @@ class Equilibrium(nn.Module):
         certificate, positive = self._derive_concave(map)
         if not certificate:
             return FixedPointProblem(map, b, contracts=True)
-        if self.injection == "given":
+        # What a subclass or a hook makes of the input is checked as what is given.
+        if self.injection == "given" or not reading.is_layer(self):
             check_injection(b, positive=positive)
         return FixedPointProblem(map, b, proven=True)
 
