@@ -1,6 +1,7 @@
 """Cells that contract: the factors, the enclosures they give, and what must be refused."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import pytest
@@ -542,3 +543,69 @@ def test_no_false_certificates_at_scale() -> None:
     results = uniqueness.measure(210, seed=3)
     assert sum(r.get("false certificates", 0) for r in results.values()) == 0
     assert sum(r["several fixed points found"] for r in results.values()) > 5
+
+
+# ------------------------------------------------------------------------------------------------------- tight cases
+
+
+@pytest.mark.parametrize("q", [0.5, 0.9, 1 - 2.0**-20])
+@pytest.mark.parametrize("offset", [-0.4, -1e-9, 1e-9, 0.4])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_bound_in_the_sup_norm_is_attained(q: float, offset: float, scale: float) -> None:
+    """z = q P z + b with a permutation P: from z* + c 1 the distance left is q/(1 - q) times the residual."""
+    weight = q * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    chain = trace(layer(weight, Inject(), Activate("identity")).cell)
+    b = torch.full((1, 2), scale, dtype=torch.float64)
+    exact = b / (1 - q)
+    z = exact * (1 + offset)
+    lower, upper, proven = contraction(chain, b).enclose(z, chain(z, b).detach())
+    assert proven.all()
+    noise = 1e-14 / (1 - q) * float(exact[0, 0])
+    attained = lower if offset > 0 else upper
+    other = upper if offset > 0 else lower
+    assert float((attained - exact).abs().max()) <= noise
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    assert float((other - exact).abs().max()) == pytest.approx(
+        2 * q * abs(offset) * float(exact[0, 0]), rel=1e-6, abs=noise
+    )
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("factor", [1e-3, 0.5, 1.001, 2.0, 1e3])
+def test_the_bound_in_thompsons_metric_is_attained(power: float, factor: float) -> None:
+    """z = (w z)^p is w^(p/(1-p)); from k z* the distance left is p |log k|, p/(1 - p) times the residual."""
+    w = 1e20
+    cell = layer(torch.full((1, 1), w, dtype=torch.float64), Inject(), Activate(f"(identity+0.0001)^{power}")).cell
+    chain = trace(cell)
+    b = torch.zeros(1, 1, dtype=torch.float64)
+    exact = w ** (power / (1 - power))
+    z = torch.full((1, 1), factor * exact, dtype=torch.float64)
+    lower, upper, proven = contraction(chain, b).enclose(z, chain(z, b).detach())
+    assert proven.all()
+    low, high = (math.log(float(t) / exact) for t in (lower, upper))
+    assert low <= 1e-12
+    assert high >= -1e-12
+    attained, other = (low, high) if factor > 1 else (high, low)
+    # The degree of the activation is only known to a relative 1e-4.
+    moved = abs(math.log(factor))
+    assert abs(attained) <= 2e-4 * power / (1 - power) * moved + 1e-10
+    assert abs(other) == pytest.approx(2 * power * moved, rel=2e-3)
+
+
+def test_underflow_in_a_subhomogeneous_cell_is_no_relative_error() -> None:
+    """What the first matrix rounds below the range, by some 1e-7, is blown up again by the others."""
+    weights = (1.3e-320, 1e308, 1e15)
+    maps = [nn.Linear(1, 1, bias=False, dtype=torch.float64) for _ in weights]
+    for linear, weight in zip(maps, weights, strict=True):
+        nn.init.constant_(linear.weight, weight)
+    chain = trace(nn.Sequential(*maps, Inject(), Activate("(identity+0.0001)^0.5")))
+    product = float(math.prod(Fraction(w) for w in weights))
+    exact = (product + math.sqrt(product**2 + 4e-4)) / 2
+    b = torch.zeros(1, 1, dtype=torch.float64)
+    z = torch.full((1, 1), exact, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(100):
+            z, before = chain(z, b), z
+    lower, upper, proven = contraction(chain, b).enclose(before, z)
+    assert not proven.all() or float(lower) <= exact <= float(upper)

@@ -453,3 +453,22 @@ def test_margins_of_convolutions_that_were_assigned_are_checked(margin: float) -
     assert layer.certificate().kind == "monotone"
     layer.recurrent.margin = margin
     assert layer.certificate().kind != "monotone"
+
+
+@pytest.mark.parametrize("weight", [-3.0, -0.5, 0.5, 0.99])
+@pytest.mark.parametrize("scale", [1e-250, 1e-170, 1.0, 1e170, 1e250])
+@pytest.mark.parametrize("start", [-1.0, 0.0, 0.9, 1e5])
+def test_the_bound_is_attained_by_linear_cells(weight: float, scale: float, start: float) -> None:
+    """z = w z + b, from z = start z*: |F(z) - z*| = |w| |z - z*| is the bound itself, at every scale."""
+    chain = trace(layer(weight * torch.eye(2, dtype=torch.float64), "identity").cell)
+    b = torch.tensor([[scale, -2 * scale]], dtype=torch.float64)
+    exact = b / (1 - weight)
+    z = start * exact
+    lower, upper, proven = monotonicity(chain, b).enclose(z, chain(z, b).detach())
+    assert proven.all()
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    # The norm of both entries bounds each of them.
+    reach = abs(weight) * abs(start - 1) * float(exact.norm() if 1e-100 < scale < 1e100 else exact.abs().max() * 1.1181)
+    noise = 1e-13 * (1 + abs(start)) * float(exact.abs().max()) / (1 - weight) ** 2
+    assert float((upper - lower).max()) / 2 <= 1.001 * reach + noise

@@ -1,0 +1,88 @@
+"""Bounds on the error of the adjoint at their tight cases, where closed forms are at hand."""
+
+import pytest
+import torch
+
+from perron.cells import Chain, trace
+from perron.nn import PositiveConcaveLinear
+from perron.solvers import Auto
+from perron.solvers.adjoint import _MonotoneProof, _Proof, _SignedProof
+from problems import dense_layer
+
+
+def one(value: float) -> torch.Tensor:
+    return torch.full((1, 1), value, dtype=torch.float64)
+
+
+def chain_of(weight: float, activation: str) -> Chain:
+    chain = trace(dense_layer(one(weight), activation).cell)
+    return chain.rebind([t.detach() for t in chain.tensors])
+
+
+@pytest.mark.parametrize("proof", [_Proof, _SignedProof])
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.9, 1 - 2.0**-20])
+@pytest.mark.parametrize("start", [0.0, 0.3, 1.7, 1e6])
+@pytest.mark.parametrize("scale", [1e-250, 1.0, 1e250])
+def test_the_bound_in_the_weighted_norm_is_attained(proof, weight: float, start: float, scale: float) -> None:
+    """g = w g + v is v/(1 - w); from any candidate the distance that is left is w/(1 - w) times the residual."""
+    chain, b = chain_of(weight, "identity"), one(1.0)
+    z, exact = b / (1 - weight), scale / (1 - weight)
+    g, _, bound = proof(chain, b, (z, z), None).finish(z, one(start * exact), one(scale))
+    error = abs(g.item() - exact) / abs(g.item())
+    assert error <= bound.item()
+    assert bound.item() <= error * (1 + 1e-7) + 1e-13 / (1 - weight) * max(start, 1)
+
+
+@pytest.mark.parametrize("weight", [0.002, 0.01])
+def test_what_the_jacobian_varies_in_the_enclosure_is_counted(weight: float) -> None:
+    """At the lower end of an enclosure the adjoint is v/(1 - J), the exact fixed point being the upper one."""
+    chain, b = chain_of(weight, "tanh"), one(0.1)
+    lower, upper = one(0.1), one(0.3)
+    steep, flat = weight * (1 - 0.1**2), weight * (1 - 0.3**2)
+    candidate = one(1 / (1 - steep))
+    g, _, bound = _Proof(chain, b, (lower, upper), None).finish(lower, candidate, one(1.0))
+    error = abs(g.item() - 1 / (1 - flat)) / g.item()
+    assert error <= bound.item() <= 1.005 * error
+
+
+@pytest.mark.parametrize("weight", [0.125, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_bound_of_monotone_cells_is_attained(weight: float, scale: float) -> None:
+    """With 0 < W < 1 and slope 1, |g - g*| is (1 + W/(1 - W)) times the residual."""
+    chain, b = chain_of(weight, "identity"), one(1.0)
+    z = b / (1 - weight)
+    proof = _MonotoneProof(chain, b, (z, z), chain.affine[0].margin())
+    for start in (0.5, 1.1, 3.0):
+        exact = scale / (1 - weight)
+        _, bound = proof.judge(z, one(start * exact), one(scale))
+        error = abs(start - 1) / start
+        assert error <= bound.item() <= error * (1 + 1e-9) + 1e-12
+
+
+def test_nothing_is_certified_of_products_below_the_range() -> None:
+    """A weight of 1e-154 times a gradient of 1e-200 is 0 in float64, and the gradient is not."""
+    weight = torch.tensor([[0.5, 0.0], [0.0, 1e-170]], dtype=torch.float64)
+    chain = trace(dense_layer(weight, "identity").cell)
+    chain = chain.rebind([t.detach() for t in chain.tensors])
+    b = torch.ones(1, 2, dtype=torch.float64)
+    z = b / (1 - weight.diagonal())
+    v = torch.tensor([[0.0, 1e-300]], dtype=torch.float64)
+    g, _, bound = _Proof(chain, b, (z, z), None).finish(z, 2 * v, v)
+    assert g[0, 1] > 0
+    assert bound.item() > 0
+    nothing = torch.zeros_like(v)
+    assert _Proof(chain, b, (z, z), None).finish(z, nothing, nothing)[2].item() == 0
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16])
+def test_coarse_steps_of_a_fine_layer_bound_nothing_of_it(step_dtype: torch.dtype) -> None:
+    layer = PositiveConcaveLinear(6, 9, "log1p", dtype=torch.float64)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    fine, coarse = (Auto(tol=1e-9, precision=p, max_steps=500) for p in (None, step_dtype))
+    layer.solver = fine
+    exact = layer.solve(x)
+    layer.solver = coarse
+    found = layer.solve(x)
+    assert found.certified
+    assert (found.lower <= exact.upper).all()
+    assert (exact.lower <= found.upper).all()
