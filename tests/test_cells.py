@@ -44,6 +44,7 @@ def test_bounds_rounded_out_of_the_range_bound_saturated_slopes(name: str) -> No
         nn.Sequential(nn.Linear(4, 6), nn.Softsign(), nn.Linear(6, 4, bias=False), Inject(), Activate("erf")),
         nn.Sequential(DiagonalLowRank(4, 2, bias=True), Inject(), Activate("log1p")),
         nn.Sequential(nn.Linear(4, 4), Inject()),
+        nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4), Inject(), nn.Tanh()),
     ],
 )
 def test_pullback_is_that_of_autograd(cell: nn.Module) -> None:

@@ -60,6 +60,17 @@ def test_the_parametrisation_has_its_margin(seed: int, m: float, n: int) -> None
     torch.testing.assert_close(again(*again.right_inverse(weight)), weight, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("m", [0.999, 1.0, 1.5, 10.0])
+def test_margins_of_one_and_more(m: float) -> None:
+    """However small W is, I - W has no more than 1: something must be taken off its diagonal."""
+    cell = MonotoneLinear(3, 4, margin=m, dtype=torch.float64)
+    assert m * (1 - 1e-9) <= margin(trace(cell.cell))
+    assert cell.solve(torch.randn(2, 3, dtype=torch.float64)).certified
+    assert margin(
+        trace(nn.Sequential(monotone_operator(nn.Linear(3, 3, bias=False).double(), margin=m), Inject(), nn.ReLU()))
+    )
+
+
 def test_margins_are_refused_where_there_is_none() -> None:
     assert margin(trace(layer(1.5 * torch.eye(3), "relu").cell)) < 0
     certificate = layer(1.5 * torch.eye(3), "relu").certificate()

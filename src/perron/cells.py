@@ -400,8 +400,9 @@ class Chain:
                 wanted = needed[1 + len(self.tensors) - len(of_tensors) - len(step.tensors) :][: len(step.tensors)]
                 found = step.gradients(inputs[k], g) if any(wanted) else [None] * len(wanted)
                 of_tensors = [*(t if n else None for t, n in zip(found, wanted, strict=True)), *of_tensors]
-                if any(isinstance(s, AffineStep | InjectStep) for s in self.steps[:k]):
-                    g = step.transpose(g, inputs[k].shape)
+                if not any(isinstance(s, AffineStep | InjectStep) for s in self.steps[:k]):
+                    break
+                g = step.transpose(g, inputs[k].shape)
         return (of_injection, *of_tensors)
 
     def linearize(self, z: Tensor, injection: Tensor) -> Linearization:

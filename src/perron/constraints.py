@@ -191,7 +191,7 @@ class MonotoneOperator(nn.Module):
 def monotone_operator(module: nn.Module, name: str = "weight", *, margin: float = 0.1) -> nn.Module:
     """Constrain the square parameter `name` of `module` so that I - W is strongly monotone with that margin.
 
-    The present value is scaled down where it has less.
+    The present value is scaled down where it has less, or, for a margin of 1 or more, a multiple of I is taken off.
 
     >>> linear = monotone_operator(nn.Linear(3, 3, bias=False), margin=0.5)
     >>> symmetric = (linear.weight + linear.weight.t()).detach() / 2
@@ -204,8 +204,11 @@ def monotone_operator(module: nn.Module, name: str = "weight", *, margin: float 
         if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
             raise ValueError(f"a square matrix is needed, got shape {tuple(weight.shape)}")
         top = float(torch.linalg.eigvalsh((weight + weight.t()).double() / 2).amax()) if weight.numel() else 0.0
-        if top > 1 - margin:
-            weight.mul_(max(1 - margin, 0.0) / top)
+        if top > 1 - margin and margin < 1:
+            weight.mul_((1 - margin) / top)
+        elif top > 1 - margin:
+            # However small W is, I - W has the margin 1 at most.
+            weight.diagonal().sub_(top - (1 - margin))
     parametrize.register_parametrization(module, name, constraint)
     return module
 
