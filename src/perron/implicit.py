@@ -9,7 +9,7 @@ and mode come out right, under `torch.autograd` and `torch.func` alike. Memory d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from perron._batch import VmapInfo, fold_vmap, refuse_nested_forward_mode
-from perron.cells import Chain, Map, Opaque
+from perron.cells import Chain, Map, OneSystem, Opaque
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
 from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver, Structure
 
 __all__ = ["Phantom", "fixed_point"]
 
+Cell = Chain | Opaque | OneSystem
+
 
 def fixed_point(
-    map: Chain | Opaque,
+    map: Cell,
     injection: Tensor,
     solver: Solver,
     *,
-    pose: Callable[[Chain | Opaque, Tensor], FixedPointProblem],
+    pose: Callable[[Cell, Tensor], FixedPointProblem],
     z0: Tensor | None = None,
     on_adjoint: Callable[[AdjointSolution], None] | None = None,
 ) -> tuple[Tensor, Solution]:
@@ -55,9 +57,9 @@ def fixed_point(
     # The graph must not hang on the map's own tensors: they come back through saved_tensors.
     run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, pose, on_adjoint)
     value, _, _ = _FixedPoint.apply(run, z0, injection, *map.tensors)
-    solution = run.solution
-    assert solution is not None
-    run.solution = None
+    # Weights under vmap are one problem each.
+    solution = Solution.joined(run.solutions)
+    run.solutions = []
     return value, solution
 
 
@@ -103,9 +105,9 @@ class _Run:
 
     map: Map
     solver: Solver
-    pose: Callable[[Chain | Opaque, Tensor], FixedPointProblem]
+    pose: Callable[[Cell, Tensor], FixedPointProblem]
     on_adjoint: Callable[[AdjointSolution], None] | None
-    solution: Solution | None = None
+    solutions: list[Solution] = field(default_factory=list)
     structure: Structure | None = None
 
     def evaluate(self, z: Tensor, injection: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -120,9 +122,8 @@ class _FixedPoint(torch.autograd.Function):
         map = run.map.rebind(tensors)
         problem = run.pose(map, injection)  # type: ignore[arg-type]
         solution = run.solver.solve(problem) if z0 is None else run.solver.solve(problem, z0)
-        run.solution = solution.detach()
+        run.solutions.append(solution.detach())
         value = solution.value.clone()
-        # Weights under vmap are one problem each.
         same = run.structure in (None, problem.structure)
         run.structure = problem.structure if same else "unknown"
         bounded = run.structure != "unknown" and solution.certified
@@ -192,7 +193,7 @@ class _Adjoint(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
 
             def transposed(state: Tensor, b: Tensor, *t: Tensor) -> Tensor:
-                return torch.func.vjp(lambda s: run.evaluate(s, b, t), state)[1](g)[0]
+                return _vjp(lambda s: run.evaluate(s, b, t), state)[1](g)[0]
 
             moved = _pushforward(transposed, (z, *inputs), (z_t, *rest))
             moved = moved if v_t is None else moved + v_t
@@ -265,8 +266,28 @@ def _pullback(
     map = run.map.rebind(tensors)
     if isinstance(map, Chain):
         return map.pullback(z, injection, g, needed)
-    found = torch.func.vjp(lambda b, *t: run.evaluate(z, b, t), injection, *tensors)[1](g)
+    found = _vjp(lambda b, *t: run.evaluate(z, b, t), injection, *tensors)[1](g)
     return tuple(t if n else None for t, n in zip(found, needed, strict=True))
+
+
+def _vjp(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """`torch.func.vjp`; outside of transforms by plain autograd, which a cell may use inside itself, too."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.func.vjp(function, *primals)[:2]
+    with torch.enable_grad():
+        # Views: a primal may be made of another one, whose gradient is of its own place in the function only.
+        views = [p.view_as(p) for p in primals]
+        inputs = [v if v.requires_grad else v.detach().requires_grad_() for v in views]
+        value = function(*inputs)
+
+    def pull(g: Tensor) -> tuple[Tensor, ...]:
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(p) for p in inputs)
+        again = torch.is_grad_enabled()
+        found = torch.autograd.grad(value, inputs, g, retain_graph=True, create_graph=again, allow_unused=True)
+        return tuple(torch.zeros_like(p) if t is None else t for t, p in zip(found, inputs, strict=True))
+
+    return value, pull
 
 
 def _pushforward(
@@ -277,16 +298,21 @@ def _pushforward(
     Forward-mode levels do not nest inside a jvp rule; reverse-mode ones do.
     """
     moving = [k for k, t in enumerate(tangents) if t is not None]
+    some = [t for t in tangents if t is not None]
 
-    def restricted(*some: Tensor) -> Tensor:
+    def restricted(*moved: Tensor) -> Tensor:
         every = list(primals)
-        for k, t in zip(moving, some, strict=True):
+        for k, t in zip(moving, moved, strict=True):
             every[k] = t
         return function(*every)
 
-    value, pull = torch.func.vjp(restricted, *[primals[k] for k in moving])[:2]
-    push = torch.func.vjp(lambda u: pull(u), torch.zeros_like(value))[1]
-    return push(tuple(tangents[k] for k in moving))[0]
+    value, pull = _vjp(restricted, *[primals[k] for k in moving])
+
+    def along(u: Tensor) -> Tensor:
+        # Linear in u: its gradient is the derivative along the tangents.
+        return torch.stack([(p * t).sum() for p, t in zip(pull(u), some, strict=True)]).sum()
+
+    return _vjp(along, torch.zeros_like(value))[1](torch.ones_like(value.sum()))[0]
 
 
 def _bilinear_gradients(
@@ -295,8 +321,8 @@ def _bilinear_gradients(
     """Gradients of <g, J(z, b, theta) w> for z, b and theta, at fixed g and w: those of either linear solve."""
 
     def form(state: Tensor, b: Tensor, *t: Tensor) -> Tensor:
-        (image,) = torch.func.vjp(lambda s: run.evaluate(s, b, t), state)[1](g)
+        (image,) = _vjp(lambda s: run.evaluate(s, b, t), state)[1](g)
         return (image * w).sum()
 
-    value, pull = torch.func.vjp(form, z, injection, *tensors)[:2]
+    value, pull = _vjp(form, z, injection, *tensors)
     return pull(torch.ones_like(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,19 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron import reading
-from perron.cells import Chain, Opaque, VariationalDropout, as_map
+from perron.cells import Chain, OneSystem, Opaque, VariationalDropout, as_cell, as_map, check_independent
 from perron.certificates import Certificate, contracting, derive, either, refused
 from perron.enclosure import check_injection
-from perron.implicit import Phantom, fixed_point
+from perron.implicit import Cell, Phantom, fixed_point
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
 
-__all__ = ["Equilibrium", "Gradient", "Injection", "State", "positive_injection"]
+__all__ = ["Equilibrium", "Gradient", "Injection", "Start", "State", "positive_injection"]
 
 # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
 _fixed_point = torch.compiler.disable(fixed_point)
 
 Injection = Literal["softplus", "relu", "given", "free"]
 Gradient = Literal["implicit", "jacobian_free"] | Phantom
+Start = Tensor | float | Callable[[Tensor], Tensor]
 
 SOFTPLUS_BETA = 5.0
 # Beyond it torch's softplus is the identity. At its default, 20, that is a jump of 4e-10, which no bound of softplus allows
@@ -49,10 +52,10 @@ class State:
     Attributes:
         map: the cell.
         injection: (batch, ...) b.
-        value: (batch, ...) z*.
+        value: (batch, ...) z*. Where samples may influence each other the batch is one sample, (1, batch, ...), of both.
     """
 
-    map: Chain | Opaque
+    map: Cell
     injection: Tensor
     value: Tensor
 
@@ -61,10 +64,14 @@ class Equilibrium(nn.Module):
     """The fixed point z* = f(z*; b) of a cell, as a layer.
 
     The cell is either an `nn.Sequential` with one `perron.nn.Inject()` where b is added, whose structure is verified
-    (see `perron.certify`), or any module called as `cell(z, x)`, about which nothing is certified.
+    (see `perron.certify`), or any module or function called as `cell(z, x)`, about which nothing is certified. Of such a cell
+    it is not known either that it treats every sample by itself (batch statistics, attention over the batch, nodes of one
+    graph): the batch is one system, whose residual is that of the worst sample of what is returned, and which is solved as
+    one. Gradients are those of its parameters, of its buffers, and of tensors that are attributes of its modules.
 
     Args:
-        cell: the map f; input and output have the shape of the injection.
+        cell: the map f; input and output have the shape of the injection. Without floating point parameters and buffers it
+            works in the precision of the input.
         injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
             "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0, if the cell is positive concave)
             or "free" (the input is b, of any sign: only "bounded gain" and "monotone" cells are certified for that).
@@ -73,13 +80,22 @@ class Equilibrium(nn.Module):
             from that average.
         gradient: "implicit" (exact to the solver's tolerance, with a bound), "jacobian_free" or `Phantom(steps, damping)`:
             cheaper, a descent direction at best, without a bound.
+        z0: where solves start if `forward` is not told and no average is kept: a number, a tensor that broadcasts to one
+            state, or a function of the injection (batch, ...); None for zero. It changes the cost but not what is proven;
+            where f has several fixed points, it chooses. A start to which f does not come back from near by (a trivial
+            fixed point, as zero is in scaling problems) is not called converged.
+        independent: declares that samples do not influence each other in a cell that was not read: they are then solved, and
+            reported, each by itself, and may leave the batch. Compared once, on the first batch of two or more.
 
     Shape:
         input and output (batch, ...), floating point.
 
     Raises:
-        ValueError: an input of fewer than two dimensions, of a wrong shape, or a negative given injection.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError: an input of fewer than two dimensions, of a wrong shape, or a negative given injection; a Sequential
+            without `Inject`; a start that is not finite or does not fit; `independent` declared of a cell that is not, or a
+            cell that depends on a tensor whose gradient would be lost.
+        TypeError: the input is not one tensor, not floating point, or more precise than the layer; a cell that cannot be
+            called as `cell(z, x)`.
 
     >>> from perron.nn import Activate, Inject
     >>> from perron.constraints import nonnegative
@@ -94,27 +110,37 @@ class Equilibrium(nn.Module):
 
     def __init__(
         self,
-        cell: nn.Module,
+        cell: nn.Module | Callable[[Tensor, Tensor], Tensor],
         *,
         injection: Injection = "given",
         solver: Solver | None = None,
         warm_start: float = 0.0,
         gradient: Gradient = "implicit",
+        z0: Start | None = None,
+        independent: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= warm_start < 1:
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
         if injection not in ("softplus", "relu", "given", "free"):
             raise ValueError(f"injection must be 'softplus', 'relu', 'given' or 'free', got {injection!r}")
-        self.cell = cell
+        self.cell = as_cell(cell)
         self.injection = injection
         self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
         self.warm_start = warm_start
         self.gradient = gradient
+        self.independent = independent
         self._observers: list[Callable[[State], None]] = []
-        # A guess, not a part of the model: it is neither saved nor does it change what is proven.
+        # The modes of the cell's modules in which it was seen to treat every sample by itself.
+        self._compared: set[tuple[bool, ...]] = set()
+        # Guesses, not a part of the model: they are neither saved nor do they change what is proven.
         self.register_buffer("mean", None, persistent=False)
+        self.z0: Any
+        if isinstance(z0, Tensor):
+            self.register_buffer("z0", _checked_start(z0).detach().clone(), persistent=False)
+        else:
+            self.z0 = None if z0 is None else _checked_start(z0)
 
     @property
     def gradient(self) -> Gradient:
@@ -134,42 +160,49 @@ class Equilibrium(nn.Module):
             x: (batch, ...) the input.
             z0: (batch, ...) a first guess, for instance the value for a similar input; it saves steps at best.
         """
+        _check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, map, dtype = self._read(x)
             return self._equilibrium(map, b, z0).to(dtype)
 
     def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
         """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
-        exact = self.gradient == "implicit"
+        exact, guess = self.gradient == "implicit", self._guess(b, z0)
+        if exact and isinstance(map, Opaque) and torch.is_grad_enabled():
+            map = map.with_kept(torch.zeros_like(b) if guess is None else guess, b)
+        posed = _Posed.of(map, b, guess)
+        recorder = _Recorder(self, posed)
         value, solution = _fixed_point(
-            map if exact else map.rebind([t.detach() for t in map.tensors]),
-            b if exact else b.detach(),
+            posed.map if exact else posed.map.rebind([t.detach() for t in map.tensors]),
+            posed.injection if exact else posed.injection.detach(),
             self.solver,
             pose=self._pose,
-            z0=self._guess(b, z0),
-            on_adjoint=_Recorder(self),
+            z0=posed.z0,
+            on_adjoint=recorder,
         )
         if not exact:
             phantom = self.gradient if isinstance(self.gradient, Phantom) else Phantom(1, 1.0)
-            value = phantom.attach(map, b, value)
-        self._count_batch(map, b, value)
-        self._remember(solution)
+            value = phantom.attach(posed.map, posed.injection, value)
+        recorder.expect(self._remember(posed.reported(solution)))
         for observe in self._observers:
-            observe(State(map, b, value))
+            observe(State(posed.map, posed.injection, value))
+        value = posed.returned(value)
+        self._count_batch(map, b, value)
         return value
 
     @torch.no_grad()
     def solve(self, x: Tensor, *, z0: Tensor | None = None) -> Solution:
         """The whole Solution, without gradient."""
+        _check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, map, _ = self._read(x)
             return self._solve(map, b, z0)
 
     def _solve(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Solution:
-        problem, z0 = self._pose(map, b), self._guess(b, z0)
-        solution = self.solver.solve(problem) if z0 is None else self.solver.solve(problem, z0)
-        self._remember(solution)
-        return solution
+        posed = _Posed.of(map, b, self._guess(b, z0))
+        problem = self._pose(posed.map, posed.injection)
+        solution = self.solver.solve(problem) if posed.z0 is None else self.solver.solve(problem, posed.z0)
+        return self._remember(posed.reported(solution))
 
     def certificate(self) -> Certificate:
         """What is proven for every input the layer accepts; see `perron.certify`."""
@@ -178,7 +211,7 @@ class Equilibrium(nn.Module):
 
     def injected(self, x: Tensor) -> Tensor:
         """The injection b of an input, in the precision of the solve."""
-        return self.positive(self._pre_injection(x).to(self._working_dtype()))
+        return self.positive(self._pre_injection(x).to(self._working_dtype(x)))
 
     def positive(self, b: Tensor) -> Tensor:
         """The injection made of its pre-activation."""
@@ -193,17 +226,20 @@ class Equilibrium(nn.Module):
         if x.dim() < 2:
             raise ValueError(f"the input must be (batch, ...), at least two dimensions, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"the input must be floating point, got {x.dtype}")
-        working = self._working_dtype()
+            remedy = "use torch.view_as_real(x)" if x.is_complex() else "use x.float()"
+            raise TypeError(f"the input must be floating point, got {x.dtype}; {remedy}")
+        working = self._working_dtype(x)
         if torch.finfo(x.dtype).eps < torch.finfo(working).eps:
             raise TypeError(f"the input is {x.dtype}, more precise than the layer's {working}; use layer.to({x.dtype})")
 
     def _parameter_dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        """The precision of the layer, by its parameters or else its cell's buffers; None where the input's is meant."""
+        tensors = itertools.chain(self.parameters(), self.cell.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
-    def _working_dtype(self) -> torch.dtype:
-        """float16 and bfloat16 layers solve in float32."""
-        dtype = self._parameter_dtype()
+    def _working_dtype(self, x: Tensor) -> torch.dtype:
+        """float16 and bfloat16 are solved in float32."""
+        dtype = self._parameter_dtype() or x.dtype
         return dtype if dtype == torch.float64 else torch.float32
 
     def derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
@@ -231,18 +267,18 @@ class Equilibrium(nn.Module):
         dropout = [m for m in self.cell.modules() if isinstance(m, VariationalDropout) and m.active]
         for module in dropout:
             module.draw(b)
-        map, reason = as_map(self.cell)
+        map, reason = as_map(self.cell, independent=self.independent)
         if dropout and not isinstance(map, Chain):
             raise ValueError(f"dropout in a cell needs one whose every step is known, and here {reason}")
-        dtype = self._parameter_dtype() or b.dtype
-        if dtype != b.dtype:
-            map = map.rebind([t.to(b.dtype) for t in map.tensors])
-        return b, map, dtype
+        dtype = self._parameter_dtype() or x.dtype
+        return b, map if dtype == b.dtype else map.to(b.dtype), dtype
 
     @torch.no_grad()
-    def _pose(self, map: Chain | Opaque, b: Tensor) -> FixedPointProblem:
+    def _pose(self, map: Cell, b: Tensor) -> FixedPointProblem:
         """The problem with what is proven of it; raises if a given injection is not in the domain of the certificate."""
         if not isinstance(map, Chain):
+            if isinstance(map, Opaque):
+                self._compare(map, b)
             return FixedPointProblem(map, b)
         certificate, positive = self._derive_concave(map)
         if not certificate:
@@ -252,17 +288,44 @@ class Equilibrium(nn.Module):
             check_injection(b, positive=positive)
         return FixedPointProblem(map, b, proven=True)
 
+    def _compare(self, map: Opaque, b: Tensor) -> None:
+        """Whether samples that are declared independent are."""
+        modes = tuple(m.training for m in self.cell.modules())
+        if len(b) > 1 and b.numel() and modes not in self._compared:
+            start = self._guess(b, None)
+            check_independent(map, torch.zeros_like(b) if start is None else start, b)
+            self._compared.add(modes)
+
     def _guess(self, b: Tensor, z0: Tensor | None) -> Tensor | None:
+        """Where to start: as told, else near earlier fixed points, else where the layer says."""
         if z0 is not None:
             return z0.detach().to(b)
-        if self.mean is None or self.mean.shape != b.shape[1:]:
+        if self.mean is not None and self.mean.shape == b.shape[1:]:
+            return self.mean.to(b).expand_as(b)
+        if self.z0 is None:
             return None
-        return self.mean.to(b).expand_as(b)
+        if not isinstance(self.z0, Tensor) and callable(self.z0):
+            with torch.no_grad():
+                start = self.z0(b.detach())
+            if not isinstance(start, Tensor) or start.shape != b.shape:
+                got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
+                raise ValueError(f"the function z0 must return the shape of the injection, {tuple(b.shape)}, got {got}")
+            return start.detach().to(b)
+        start = torch.as_tensor(self.z0, dtype=b.dtype, device=b.device)
+        try:
+            return start.expand(b.shape[1:]).expand_as(b)
+        except RuntimeError:
+            raise ValueError(
+                f"z0 of shape {tuple(start.shape)} does not broadcast to one state, {tuple(b.shape[1:])}"
+            ) from None
 
-    def _remember(self, solution: Solution) -> None:
+    def _remember(self, solution: Solution) -> Solution:
         self.last_solution = solution
-        if not (self.training and self.warm_start and len(solution.value)):
-            return
+        if self.training and self.warm_start and len(solution.value):
+            self._average(solution)
+        return solution
+
+    def _average(self, solution: Solution) -> None:
         value = solution.value.detach()[solution.converged]
         if len(value):
             new = value.mean(0)
@@ -273,9 +336,11 @@ class Equilibrium(nn.Module):
     def _count_batch(self, map: Chain | Opaque, b: Tensor, value: Tensor) -> None:
         """Let running averages inside an unverified cell see this batch once, at the fixed point."""
         if self.training and isinstance(map, Opaque) and map.buffers:
+            # In the layer's own precision, which its averages have.
+            dtype = self._parameter_dtype() or b.dtype
             with torch.no_grad():
-                live = replace(map, buffers={})
-                live(value.detach(), b.detach())
+                live = replace(map.to(dtype), buffers={})
+                live(value.detach().to(dtype), b.detach().to(dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         # The last Solution is for inspection only; copies and files do without it, and nobody observes them.
@@ -285,13 +350,64 @@ class Equilibrium(nn.Module):
         return f"injection={self.injection!r}, solver={self.solver}"
 
 
-class _Recorder:
-    """Writes the adjoint's report into the layer's last Solution, without keeping the layer alive."""
+def _checked_start(z0: Start) -> Any:
+    if isinstance(z0, Tensor):
+        fits = z0.is_floating_point() and bool(z0.isfinite().all())
+    else:
+        fits = callable(z0) or (isinstance(z0, int | float) and math.isfinite(z0))
+    if not fits:
+        raise ValueError(f"z0 must be a finite number, a finite tensor, or a function of the injection, got {z0!r}")
+    return z0
 
-    def __init__(self, layer: Equilibrium) -> None:
-        self.layer = weakref.ref(layer)
+
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"the input must be one tensor (batch, ...), got a {type(x).__name__}; join several with torch.cat, or keep the "
+            "others on the cell"
+        )
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """A map with its injections and start, the whole batch as one sample where samples may influence each other."""
+
+    map: Cell
+    injection: Tensor
+    z0: Tensor | None
+    batch: int | None
+
+    @classmethod
+    def of(cls, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> _Posed:
+        if isinstance(map, Chain) or map.independent:
+            return cls(map, b, z0, None)
+        return cls(OneSystem(map), b.unsqueeze(0), None if z0 is None else z0.unsqueeze(0), len(b))
+
+    def returned(self, value: Tensor) -> Tensor:
+        return value if self.batch is None else value.squeeze(0)
+
+    def reported(self, solution: Solution) -> Solution:
+        return solution if self.batch is None else solution.of_samples(self.batch)
+
+
+class _Recorder:
+    """Writes the adjoint's report into the Solution that it belongs to, as long as that is the layer's last one.
+
+    It keeps neither the layer nor the Solution alive.
+    """
+
+    def __init__(self, layer: Equilibrium, posed: _Posed) -> None:
+        self.layer, self.batch = weakref.ref(layer), posed.batch
+        self.own: weakref.ref[Solution] | None = None
+
+    def expect(self, solution: Solution) -> None:
+        self.own = weakref.ref(solution)
 
     def __call__(self, adjoint: AdjointSolution) -> None:
-        layer = self.layer()
-        if layer is not None and layer.last_solution is not None:
-            layer.last_solution = replace(layer.last_solution, adjoint=adjoint)
+        layer, own = self.layer(), None if self.own is None else self.own()
+        adjoint = adjoint if self.batch is None else adjoint.of_samples(self.batch)
+        # Under vmap over cotangents, or in parts, an adjoint is not that of the batch.
+        if layer is None or own is None or layer.last_solution is not own or len(adjoint.steps) != len(own.steps):
+            return
+        layer.last_solution = replace(own, adjoint=adjoint)
+        self.expect(layer.last_solution)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from perron.activations import Activation, get_activation
 from perron.affine import SparseStep
-from perron.cells import ActivationStep, Chain, InjectStep, NormalizeStep
+from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep
 from perron.certificates import Certificate
 from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection
 from perron.solvers import Solution, Solver
@@ -139,7 +139,7 @@ class GraphEquilibrium(Equilibrium):
             raise ValueError(f"injection must be 'inside' or 'outside', got {injection!r}")
         sigma = get_activation(activation)
         positivity: Injection = "relu" if sigma.at_zero > 0 else "softplus"
-        super().__init__(nn.Identity(), injection=positivity, solver=solver)
+        super().__init__(nn.Sequential(Inject()), injection=positivity, solver=solver)
         self.activation, self.alpha, self.place = sigma, alpha, injection
         self.normalize = None if normalize is None else NormalizeStep(float(normalize), 1)
         self._graph: _Graph | None = None

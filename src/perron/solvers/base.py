@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from perron.cells import Chain, Opaque
+from perron._batch import amax
+from perron.cells import Chain, OneSystem, Opaque
 
 __all__ = [
     "AdjointSolution",
@@ -27,6 +28,12 @@ __all__ = [
 OnFailure = Literal["warn", "raise", "ignore"]
 # What is proven of a cell: J >= 0, and J falls as z grows; or F contracts, with J of any sign.
 Structure = Literal["concave", "contracting", "unknown"]
+
+# Further solves of a system whose returned value misses the tolerance, each stricter by this factor.
+_ROUNDS, _STRICTER = 3, 0.25
+_ADVICE = "raise max_steps, loosen tol, or look at these inputs"
+# Evaluations within which f must come back from near a start that it leaves where it is.
+_RETURN = 20
 
 
 class ConvergenceWarning(UserWarning):
@@ -62,6 +69,13 @@ class AdjointSolution:
         """Whether every error bound is proven; waits for the device."""
         return self.bounded and bool(self.error_bound.isfinite().all())
 
+    def of_samples(self, batch: int) -> AdjointSolution:
+        """Of systems of so many samples each: every sample carries what is known of its system."""
+        parts: dict[str, Any] = {
+            k: v.repeat_interleave(batch, 0) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **parts)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -71,11 +85,13 @@ class Solution:
         value: (batch, ...) the returned point.
         lower, upper: (batch, ...) entrywise bounds of the fixed point; None for cells without verified structure.
         steps: (batch,) evaluations of f, those of the verification included.
-        residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the last point y where f was evaluated.
+        residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the last point y where f was evaluated; where samples may influence
+            each other, that of the returned values y: max_i |f(y) - y|_i / max_i |f(y)|_i of the worst sample of the batch.
         error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none. Samples whose fixed point is
             not known to be positive: on max_i |value - z*|_i / max_j max(|z*_j|, |b_j|).
         rate: (batch,) the last residual ratio, an estimate (no proof) of the spectral radius of the Jacobian.
-        converged: (batch,) whether the tolerance was reached; by the residual where nothing is proven.
+        converged: (batch,) whether the tolerance was reached; by the residual where nothing is proven, and then not where a
+            sample only stayed at its start, to which f does not come back from near by.
         proven: (batch,) whether the enclosure is proven, rounding accounted for.
         precision: dtype of the arithmetic that proved enclosures, or None where no proof was wanted or possible.
         stopping: "enclosure" (certified error) or "residual".
@@ -103,6 +119,28 @@ class Solution:
     def detach(self) -> Solution:
         return replace(self, value=self.value.detach())
 
+    def of_samples(self, batch: int) -> Solution:
+        """Of systems of so many samples each: every sample carries what is known of its system."""
+        parts: dict[str, Any] = {
+            k: v.repeat_interleave(batch, 0) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **{**parts, "value": self.value.flatten(0, 1)})
+
+    @classmethod
+    def joined(cls, parts: list[Solution]) -> Solution:
+        """The solution of all samples, from those of several batches."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        found: dict[str, Any] = {}
+        for name, value in vars(first).items():
+            every = [getattr(p, name) for p in parts]
+            if isinstance(value, Tensor):
+                found[name] = torch.cat(every) if all(isinstance(e, Tensor) for e in every) else None
+            elif name in ("lower", "upper", "precision") and any(e != value for e in every):
+                found[name] = None
+        return replace(first, **found)
+
     def merged(self, rest: Solution, index: Tensor) -> Solution:
         """The samples of `index` taken from `rest`, which went on from here: its evaluations are added."""
         parts: dict[str, Any] = {"steps": self.steps.index_add(0, index, rest.steps)}
@@ -124,13 +162,20 @@ class FixedPointProblem:
         contracts: whether it contracts is to be seen on every sample (`perron.contraction`).
     """
 
-    map: Chain | Opaque
+    map: Chain | Opaque | OneSystem
     injection: Tensor
     proven: bool = False
     contracts: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self.map(z, self.injection)
+        value = self.map(z, self.injection)
+        # A cell that differentiates inside may hand out its graph, which would grow with every step.
+        return value.detach() if value.requires_grad else value
+
+    def as_one_system(self) -> FixedPointProblem:
+        """The same with the whole batch as one sample."""
+        assert isinstance(self.map, Opaque)
+        return replace(self, map=OneSystem(self.map), injection=self.injection.unsqueeze(0))
 
     @property
     def structure(self) -> Structure:
@@ -152,6 +197,8 @@ class FixedPointProblem:
 class Solver(Protocol):
     """Anything that solves a problem. `tol` is the tolerance on the relative error, also of the adjoint.
 
+    Layers pose cells that nobody has read, unless declared independent, as `OneSystem`: one sample, (1, batch, ...).
+
     A solver with a method `solve_adjoint(map, z, injection, v, bounds, structure)` solves the adjoint itself; for the others
     `perron.solvers.adjoint.solve_adjoint` does.
     """
@@ -166,7 +213,7 @@ class Solver(Protocol):
     def on_failure(self) -> OnFailure: ...
 
     def solve(self, problem: FixedPointProblem, z0: Tensor | None = None) -> Solution:
-        """Solve for the whole batch; samples do not influence each other.
+        """Solve for the whole batch; the samples of the problem do not influence each other.
 
         Args:
             problem: f and the injections.
@@ -182,14 +229,16 @@ class IterativeSolver(ABC):
     Args:
         tol: tolerance on the entrywise relative error; certified where the cell is, else on the relative residual.
         max_steps: at most this many evaluations of f per sample; an enclosure takes at least three, and where rounding
-            is in the way of a proof, a few more are spent on it.
+            is in the way of a proof, a few more are spent on it. Where samples may influence each other, the last one
+            measures the residual of what is returned.
         stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
             "residual" always by residual, without extrapolation.
         verify: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
             None solves in the precision of the layer, and nothing is certified.
         on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
-        steps: None, or exactly so many evaluations of f, at least 5, proof included: nothing in the solve then waits for
-            the device (with on_failure="ignore"), and `error_bound` says what was reached.
+        steps: None, or exactly so many evaluations of f, at least 5 (6 where samples may influence each other), proof
+            included: nothing in the solve then waits for the device (with on_failure="ignore"), and `error_bound` says what
+            was reached.
 
     Raises:
         ValueError: an option is out of range.
@@ -218,7 +267,8 @@ class IterativeSolver(ABC):
 
     @torch.no_grad()
     def solve(self, problem: FixedPointProblem, z0: Tensor | None = None) -> Solution:
-        """Solve for the whole batch; samples do not influence each other.
+        """Solve for the whole batch. Unless the cell is known to act per sample, the batch is one system: nobody leaves it,
+        and the residual is that of all of it.
 
         Args:
             problem: f and the injections.
@@ -232,12 +282,68 @@ class IterativeSolver(ABC):
             if z0.shape != problem.injection.shape:
                 raise ValueError(f"z0 has shape {tuple(z0.shape)}, the injection {tuple(problem.injection.shape)}")
             z0 = z0.detach().to(problem.injection)
+        if isinstance(problem.map, Opaque) and not problem.map.independent:
+            system = self.solve(problem.as_one_system(), None if z0 is None else z0.unsqueeze(0))
+            return system.of_samples(len(problem.injection))
         # Autocast would compute the products of a proof in a coarser precision than it accounts for.
         with torch.autocast(problem.injection.device.type, enabled=False):
-            solution = self._solve(problem, z0)
+            return self._solve_and_report(problem, z0)
+
+    def _solve_and_report(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        system, hint = isinstance(problem.map, OneSystem), _ADVICE
+        solution = self._solve_system(problem, z0) if system else self._solve(problem, z0)
+        if not isinstance(problem.map, Chain) and self.steps is None:
+            start = torch.zeros_like(problem.injection) if z0 is None else z0
+            stuck, taken = _stuck(problem, start, solution)
+            solution = replace(solution, converged=solution.converged & ~stuck, steps=solution.steps + taken)
+            if self.on_failure != "ignore" and not bool(solution.converged.all()):
+                hint = _explain(problem, start, solution, stuck)
         measure = solution.error_bound if solution.stopping == "enclosure" else solution.residual
-        report_failure(type(self).__name__, solution.converged, measure, self.tol, self.limit, self.on_failure)
+        report_failure(
+            type(self).__name__,
+            solution.converged,
+            measure,
+            self.tol,
+            self.limit,
+            self.on_failure,
+            unit="batches" if system else "samples",
+            hint=hint,
+        )
         return solution
+
+    def _solve_system(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        """Solve, and measure what comes out; again, from there and stricter, where only the solver's own measure is met.
+
+        Its last point is not the returned one, and a large sample hides a small one in it: the next solve has all samples
+        scaled to the same size.
+        """
+        assert isinstance(problem.map, OneSystem)
+        if self.steps is not None:
+            return self._measured(problem, replace(self, steps=max(self.steps - 1, 5))._solve(problem, z0))
+        found = replace(self, max_steps=max(self.max_steps - 1, 1))._solve(problem, z0)
+        claimed, found = found.converged, self._measured(problem, found)
+        for k in range(1, _ROUNDS + 1):
+            left = (claimed & ~found.converged & found.residual.isfinite()).nonzero().flatten()
+            budget = self.max_steps - 1 - int(found.steps.max()) if left.numel() else 0
+            if budget < 1:
+                break
+            rest, value = problem.select(left), found.value[left]
+            scale = _powers_of_two(value)
+            scaled = replace(rest, map=OneSystem(problem.map.map, scale))
+            solver = replace(self, max_steps=budget, tol=self.tol * _STRICTER**k)
+            again = solver._solve(scaled, value / scale)
+            again = self._measured(rest, replace(again, value=again.value * scale))
+            claimed = claimed.index_copy(0, left, again.residual.isfinite())
+            found = found.merged(again, left)
+        return found
+
+    def _measured(self, problem: FixedPointProblem, found: Solution) -> Solution:
+        """The solution with the residual of its value: one more evaluation."""
+        y = found.value
+        image = problem(y)
+        size = amax(image.abs().flatten(0, 1)).clamp_min(torch.finfo(image.dtype).tiny)
+        residual = amax((amax((image - y).abs().flatten(0, 1)) / size).view(y.shape[:2]))
+        return replace(found, steps=found.steps + 1, residual=residual, converged=residual <= self.tol)
 
     @abstractmethod
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution: ...
@@ -264,8 +370,72 @@ class IterativeSolver(ABC):
         return self.verify if problem.map.to(self.verify).plainly() is not None else torch.float64
 
 
+def _powers_of_two(value: Tensor) -> Tensor:
+    """(systems, batch, 1, ...) sizes of samples, so that dividing by them is exact."""
+    size = amax(value.abs().flatten(0, 1)).view(*value.shape[:2], *[1] * (value.dim() - 2))
+    exponent = torch.where((size > 0) & size.isfinite(), size, 1.0).log2().floor()
+    return exponent.clamp(-100, 100).exp2()
+
+
+def _stuck(problem: FixedPointProblem, start: Tensor, solution: Solution) -> tuple[Tensor, int]:
+    """(batch,) whether some sample only stayed at its start, where f leads away, and the evaluations it took to see that.
+
+    From a little above the start f must come back, or at least nearer with every evaluation.
+    """
+    none, lead = torch.zeros_like(solution.converged), 2 if isinstance(problem.map, OneSystem) else 1
+    if not start.numel():
+        return none, 0
+    dims = tuple(range(lead, start.dim()))
+    still = (solution.value == start).flatten(lead).all(lead).view(*start.shape[:lead], *[1] * len(dims))
+    if not bool(still.any()):
+        return none, 0
+    z = solution.value + torch.finfo(start.dtype).eps ** 0.5 * start.abs().clamp_min(1) * still
+    near = away = (z - start).abs().amax(dims, keepdim=True)
+    for k in range(1, _RETURN + 1):
+        z = torch.where(still, problem(z), solution.value)
+        before, away = away, (z - start).abs().amax(dims, keepdim=True)
+        if bool((~still | (away < 0.5 * near)).all()):
+            return none, k
+    # NaN compares false: such a start is held to be one.
+    back = (away < 0.5 * near) | (away < 0.99 * before)
+    return (still & ~back).flatten(1).any(1), _RETURN
+
+
+def _explain(problem: FixedPointProblem, start: Tensor, solution: Solution, stuck: Tensor) -> str:
+    """What can be said of why an unread cell was not solved."""
+    found = []
+    if bool(stuck.any()):
+        found.append(
+            "some samples only stayed where they started, a fixed point from near which f leads away: a trivial one. "
+            "Start elsewhere, with z0="
+        )
+    elif not bool(problem(start).isfinite().all()):
+        found.append("f is not finite where the solve starts; start elsewhere, with z0=")
+    elif not torch.equal(*(torch.nan_to_num(problem(solution.value)) for _ in range(2))):
+        found.append(
+            "the cell has two values at one point: it is random, as dropout is in training, or keeps a state, and so has no "
+            "fixed point. Use perron.nn.VariationalDropout in a cell whose steps are known, or evaluate"
+        )
+    else:
+        found.append(_ADVICE)
+    if isinstance(problem.map, OneSystem):
+        found.append(
+            f"the batch of {problem.injection.shape[1]} is one system, since the cell is not known to act per sample; "
+            "independent=True at the layer declares it"
+        )
+    return "; ".join(found)
+
+
 def report_failure(
-    what: str, converged: Tensor, measure: Tensor, tol: float, max_steps: int, on_failure: OnFailure
+    what: str,
+    converged: Tensor,
+    measure: Tensor,
+    tol: float,
+    max_steps: int,
+    on_failure: OnFailure,
+    *,
+    unit: str = "samples",
+    hint: str = _ADVICE,
 ) -> None:
     """Warn or raise, once, with the numbers, if some samples have not converged.
 
@@ -278,9 +448,8 @@ def report_failure(
     worst = measure[failed]
     worst_value = float("nan") if bool(worst.isnan().any()) else float(worst.max())
     message = (
-        f"{what}: {len(failed)} of {len(converged)} samples did not reach tol={tol:g} in at most {max_steps} steps "
-        f"(first: sample {int(failed[0])}, worst error measure {worst_value:.3g}); "
-        "raise max_steps, loosen tol, or look at these inputs"
+        f"{what}: {len(failed)} of {len(converged)} {unit} did not reach tol={tol:g} in at most {max_steps} steps "
+        f"(first: number {int(failed[0])}, worst error measure {worst_value:.3g}); {hint}"
     )
     if on_failure == "raise":
         raise ConvergenceError(message)
