@@ -19,7 +19,7 @@ except ImportError:  # pragma: no cover
     # Windows has no advisory locks of this kind: there, nothing is locked.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BusyError", "lock", "new_folder", "read_json", "replacing", "write_json"]
+__all__ = ["BusyError", "lock", "new_folder", "read_json", "replacing", "whole", "write_json"]
 
 
 class BusyError(RuntimeError):
@@ -27,18 +27,25 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` when the block has ended well; till then, and else, nothing changes."""
+def whole(path: Path) -> Iterator[Path]:
+    """A path in the same folder; what the block writes there takes the place of `path` when it has ended well, else nothing
+    changes."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        with partial.open("x", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             # Else a power cut could leave the new name with nothing behind it.
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """The same as an open text file."""
+    with whole(path) as partial, partial.open("x", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default runs)")
         if name == "fit":
             sub.add_argument(
-                "--resume", action="store_true", help="continue the preset's latest run, exactly where it stopped"
+                "--resume",
+                action="store_true",
+                help="continue the preset's latest run, exactly where it stopped; more --trainer.max_epochs extend it",
             )
         if name == "certify":
             sub.add_argument(
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Expected errors are printed in one line, without a traceback."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
+        from perron._files import BusyError
         from perron.data import DataError
         from perron.data.graphs import GRAPHS
         from perron.training import run
@@ -204,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(run.certify_run(loaded, arguments.data))
             else:
                 print(getattr(run, arguments.command)(loaded))
-    except (DataError, run.UsageError) as error:
+    except (BusyError, DataError, run.UsageError) as error:
         print(f"perron: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

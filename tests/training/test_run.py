@@ -1,5 +1,8 @@
 import csv
+import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,8 +10,12 @@ import time
 
 import pytest
 import torch
+import yaml
 
+from perron._files import lock
+from perron.affine import Refusal
 from perron.cli import main, presets
+from perron.training import run
 
 FAST = ["--model.model.init_args.width", "8", "--data.init_args.limit", "200"]
 
@@ -155,3 +162,256 @@ def test_every_preset_parses() -> None:
     for name, path in presets().items():
         cli = _instantiate(["--config", str(path)], {"logger": False, "enable_checkpointing": False})
         assert cli.trainer.max_epochs >= 10, name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs with one of a single epoch, tested; copy it to change it."""
+    root = tmp_path_factory.mktemp("runs")
+    assert fit(root, "--trainer.max_epochs", "1") == 0
+    assert main(["test", "digits", "--runs", str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """They take longer than all else."""
+
+    def write(path, **_):
+        path.write_text("a page")
+        return path
+
+    monkeypatch.setattr(run, "write_report", write)
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def resume(runs, *more: str) -> int:
+    return main(["fit", "digits", "--runs", str(runs), "--resume", *more])
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_a_run_cannot_change_is_refused_when_resuming(runs, capsys) -> None:
+    before = contents(runs)
+    changes = {
+        "model.weight_decay": (0.05, 0.9),
+        "model.model.init_args.width": (8, 9),
+        "model.schedule": ("one_cycle", "cosine"),
+        "data.init_args.seed": (0, 5),
+        "data.init_args.batch_size": (32, 16),
+        "seed_everything": (0, 3),
+        "trainer.accumulate_grad_batches": (1, 2),
+    }
+    options = [f"--{option}={given}" for option, (_, given) in changes.items()]
+    assert resume(runs, "--trainer.max_epochs", "2", *options) == 2
+    message = capsys.readouterr().err
+    for option, (stored, given) in changes.items():
+        assert f"{option} is {stored!r} there, {given!r} was given" in message
+    assert message.count("was given") == len(changes)
+    assert resume(runs, "--trainer.max_epochs", "2", options[0]) == 2
+    assert contents(runs) == before
+
+
+def test_the_arguments_of_a_callback_that_keeps_a_state_stay(runs, capsys) -> None:
+    before = contents(runs)
+    stopping = '[{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_loss", "patience": 2}}]'
+    assert resume(runs, "--trainer.max_epochs", "2", "--trainer.callbacks", stopping) == 2
+    assert "'patience': 15" in capsys.readouterr().err
+    assert contents(runs) == before
+
+
+def test_more_epochs_go_on_and_what_was_known_before_is_not_taken_for_new(runs, capsys) -> None:
+    folder = runs / "digits" / "run-1"
+    assert resume(runs, "--trainer.max_epochs", "3") == 0
+    out = capsys.readouterr().out
+    assert "epoch 2/3" in out
+    assert "epoch 1/3" not in out
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [float(r["epoch"]) for r in rows] == [0, 1, 2]
+    assert all(float(r["train_loss_epoch"]) > 0 for r in rows)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
+    page = (folder / "report.html").read_text()
+    # Both sittings, and the seconds of both.
+    assert "from epoch 1, " in page
+    assert "from epoch 2, " in page
+    assert "training and validation, 3 epochs" in page
+    # The test result was of the weights after the first epoch.
+    assert "left out: the test evaluation of best.ckpt, epoch 1" in out
+    assert "of the validation split, with the weights of epoch 3" in page
+    assert main(["test", "digits", "--runs", str(runs)]) == 0
+    tested = json.loads((folder / "evaluation-test.json").read_text())
+    assert (tested["times_evaluated"], tested["epochs"], tested["checkpoint"]) == (2, 3, "best.ckpt")
+    # Finished.
+    capsys.readouterr()
+    config = (folder / "config.yaml").read_bytes()
+    for options in ([], ["--trainer.max_epochs", "2"]):
+        assert resume(runs, *options) == 0
+        assert "is finished already: 3 epochs of" in capsys.readouterr().out
+    assert (folder / "config.yaml").read_bytes() == config
+
+
+def test_a_run_that_stopped_early_is_finished(tmp_path, capsys, no_pictures) -> None:
+    stopping = (
+        '[{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": '
+        '{"monitor": "val_loss", "patience": 1, "min_delta": 100.0}}]'
+    )
+    fit(tmp_path, "--trainer.max_epochs", "9", "--trainer.callbacks", stopping)
+    capsys.readouterr()
+    assert resume(tmp_path, "--trainer.max_epochs", "20") == 0
+    out = capsys.readouterr().out
+    assert "finished already: stopped early after 2 epochs" in out
+    assert "epoch 3" not in out
+
+
+def test_resuming_what_is_damaged_or_missing_says_so(runs, capsys, no_pictures) -> None:
+    folder = runs / "digits" / "run-1"
+    more = ["--trainer.max_epochs", "2"]
+    for text in ("", "model: {", "trainer: {max_epochs: 3}"):
+        (folder / "config.yaml").write_text(text)
+        assert resume(runs, *more) == 2
+        assert "config.yaml is damaged; delete it" in capsys.readouterr().err
+    (folder / "config.yaml").unlink()
+    assert resume(runs, *more) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["weight_decay"] == 0.05
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:2000])
+    assert resume(runs, "--trainer.max_epochs", "3") == 2
+    assert "last.ckpt is damaged" in (message := capsys.readouterr().err)
+    assert "copy best.ckpt over it" in message
+    shutil.copy(folder / "checkpoints" / "best.ckpt", last)
+    assert resume(runs, "--trainer.max_epochs", "3") == 0
+    last.unlink()
+    assert resume(runs) == 2
+    assert "run-1 has no checkpoint" in capsys.readouterr().err
+
+
+def test_a_moved_run_remembers_its_best(runs, no_pictures) -> None:
+    best = runs / "digits" / "run-1" / "checkpoints" / "best.ckpt"
+    last = best.with_name("last.ckpt")
+    state = torch.load(last, weights_only=False)
+    (key,) = (k for k in state["callbacks"] if "val_loss" in k and k.startswith("BestCheckpoint"))
+    (path,) = state["callbacks"][key]["best_k_models"]
+    state["callbacks"][key]["best_k_models"][path] = state["callbacks"][key]["kth_value"] = torch.tensor(0.0)
+    torch.save(state, last)
+    before = best.read_bytes()
+    assert resume(runs, "--trainer.max_epochs", "2") == 0
+    assert best.read_bytes() == before
+
+
+def test_another_file_than_the_run_was_started_from_is_refused(tmp_path, capsys, no_pictures) -> None:
+    config = tmp_path / "small.yaml"
+    text = presets()["digits"].read_text().replace("width: 80", "width: 8").replace("max_epochs: 40", "max_epochs: 1")
+    config.write_text(text)
+    command = ["fit", str(config), "--runs", str(tmp_path), "--data.init_args.limit", "100"]
+    assert main(command) == 0
+    config.write_text("# The same.\n" + text)
+    assert main([*command, "--resume", "--trainer.max_epochs", "2"]) == 0
+    config.write_text(text.replace("weight_decay: 0.05", "weight_decay: 0.9"))
+    assert main([*command, "--resume", "--trainer.max_epochs", "3"]) == 2
+    assert "is not what" in capsys.readouterr().err
+
+
+def train_one(root: str, decay: str, start) -> None:
+    torch.set_num_threads(1)
+    start.wait()
+    sys.exit(fit(root, "--trainer.max_epochs", "1", "--model.weight_decay", decay))
+
+
+def test_two_runs_started_together_have_their_own_folders(tmp_path, no_pictures) -> None:
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(2)
+    pair = [context.Process(target=train_one, args=(str(tmp_path), decay, start)) for decay in ("0.1", "0.2")]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+    assert [process.exitcode for process in pair] == [0, 0]
+    decays = set()
+    for folder in (tmp_path / "digits" / f"run-{n}" for n in (1, 2)):
+        kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["callbacks"]["Provenance"]["config"]
+        assert kept == (folder / "config.yaml").read_text()
+        decays.add(yaml.safe_load(kept)["model"]["weight_decay"])
+        assert (folder / "report.html").is_file()
+    assert decays == {0.1, 0.2}
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(runs, capsys) -> None:
+    before = contents(runs)
+    with lock(runs / "digits" / "run-1" / ".lock"):
+        assert resume(runs, "--trainer.max_epochs", "2") == 2
+    assert f"process {os.getpid()} " in capsys.readouterr().err
+    assert contents(runs) == before
+
+
+def test_a_start_that_fails_leaves_no_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("PERRON_DATA", raising=False)
+    assert main(["fit", "mnist-linear", "--runs", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--no_such_option", "1")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_run_is_evaluated_as_it_was_trained(runs, capsys) -> None:
+    before = contents(runs)
+    # Another seed is another split: images that were trained on.
+    for option, given in (("data.init_args.seed", "5"), ("data.init_args.limit", "null"), ("model.weight_decay", "1")):
+        assert main(["validate", "digits", "--runs", str(runs), f"--{option}", given]) == 2
+        assert f"{option} is" in capsys.readouterr().err
+    assert contents(runs) == before
+    assert main(["validate", "digits", "--runs", str(runs), "--data.init_args.batch_size", "50"]) == 0
+
+
+def test_an_evaluation_keeps_nothing_of_an_earlier_one_but_their_number(runs, capsys, no_pictures) -> None:
+    """Nothing of an earlier evaluation is left in a later one but the number of them."""
+    path = runs / "digits" / "run-1" / "evaluation-test.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stale": 1, "seconds": 3.0}))
+    assert main(["test", "digits", "--runs", str(runs)]) == 0
+    best = json.loads(path.read_text())
+    assert not {"stale", "seconds"} & best.keys()
+    assert best["times_evaluated"] == 2
+    for text in ("", '{"accuracy": 0.9'):
+        path.write_text(text)
+        assert main(["test", "digits", "--runs", str(runs)]) == 2
+        assert "evaluation-test.json is damaged" in capsys.readouterr().err
+        assert path.read_text() == text
+
+
+def test_predictions_and_certificates_are_written_whole_or_not_at_all(runs, monkeypatch, capsys) -> None:
+    folder = runs / "digits" / "run-1"
+    assert main(["predict", "digits", "--runs", str(runs)]) == 0
+    assert main(["certify", "digits", "--runs", str(runs)]) == 0
+    before = contents(folder)
+    calls = []
+
+    def second_fails(found):
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) > 1:
+                raise Refusal("no proof of the second batch")
+            return found(*arguments)
+
+        return call
+
+    monkeypatch.setattr(run, "certify_classes", second_fails(run.certify_classes))
+    capsys.readouterr()
+    assert main(["certify", "digits", "--runs", str(runs)]) == 0
+    assert "no proof of the second batch" in capsys.readouterr().out
+    calls.clear()
+    monkeypatch.setattr(run.Classifier, "forward", second_fails(run.Classifier.forward))
+    with pytest.raises(Refusal):
+        main(["predict", "digits", "--runs", str(runs)])
+    assert contents(folder) == before
+
+
+def test_a_copied_checkpoint_is_evaluated_where_it_lies(runs, tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(runs / "digits" / "run-1" / "checkpoints" / "best.ckpt", tmp_path / "elsewhere" / "mine.ckpt")
+    assert main(["validate", str(copy)]) == 0
+    assert (tmp_path / "elsewhere" / "evaluation-validation.json").is_file()
+    assert not (tmp_path / "evaluation-validation.json").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from perron._files import replacing
 from perron.report import figures
+from perron.report.tables import at_most, said_versions
 
 __all__ = ["grid", "write_page", "write_report"]
 
@@ -48,14 +49,16 @@ def write_report(
         path: of the HTML file.
         title: name of the preset.
         history: one row of metrics per epoch.
-        evaluations: by split, as `perron.training.evaluation.evaluate` returns them; the last one is shown in full.
+        evaluations: by split, as `perron.training.run` keeps them, all of the same weights; the last is shown in full.
         classes: names of the classes.
-        provenance: commands, configuration, versions, start.
+        provenance: configuration and sittings, as `perron.training.records.Provenance` keeps them.
     """
     split, evaluation = list(evaluations.items())[-1]
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class='soft'>Run started {escape(provenance['started'])}. Figures below are of the {escape(split)} split.</p>",
+        f"<p class='soft'>Run started {escape(provenance['sittings'][0]['started'])}; {len(history)} epochs. Figures below are of "
+        f"the {escape(split)} split, with the weights of epoch {evaluation['epochs']} ({escape(evaluation['checkpoint'])}), "
+        f"evaluated {escape(evaluation['evaluated'])} by {escape(said_versions([evaluation]))}.</p>",
         _tiles(evaluations, history),
         "<h2>What is proven</h2>",
         f"<div class='card'><pre>{escape(evaluation['certificate'])}</pre></div>",
@@ -87,9 +90,8 @@ def write_page(path: Path, title: str, body: str) -> Path:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)} - Perron</title><style>{_CSS}</style></head><body><main>{body}</main></body></html>"
     )
-    partial = path.with_suffix(".part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(page)
     return path
 
 
@@ -104,7 +106,7 @@ def _tiles(evaluations: dict[str, dict[str, Any]], history: list[dict[str, float
     e = list(evaluations.values())[-1]
     errors = [v for layer in e["layers"].values() for v in layer["error_bound"]]
     if errors:
-        tiles.append(_tile(f"{max(errors):.1e}", "largest certified relative error"))
+        tiles.append(_tile(at_most(max(errors), ".1e"), "largest certified relative error"))
     tiles.append(_tile(f"{e['enclosures_proven']}/{e['enclosures']}", "enclosures proven"))
     steps = [v for layer in e["layers"].values() for v in layer["steps"]]
     if steps:
@@ -112,9 +114,9 @@ def _tiles(evaluations: dict[str, dict[str, Any]], history: list[dict[str, float
     backward = [r["train_backward_steps_epoch"] for r in history if "train_backward_steps_epoch" in r]
     if backward:
         tiles.append(_tile(f"{backward[-1]:.1f}", "adjoint steps per sample, last epoch"))
-    seconds = [e["seconds"] for e in evaluations.values() if "seconds" in e]
-    if seconds:
-        tiles.append(_tile(f"{seconds[-1]:.0f} s", f"training, {len(history)} epochs"))
+    if history:
+        seconds = sum(r["seconds"] for r in history)
+        tiles.append(_tile(f"{seconds:.0f} s", f"training and validation, {len(history)} epochs"))
     return f"<div class='tiles'>{''.join(tiles)}</div>"
 
 
@@ -125,10 +127,10 @@ def grid(*pictures: str | None) -> str:
 
 def _layers(evaluation: dict[str, Any]) -> str:
     def median(values: list[float]) -> str:
-        return f"{sorted(values)[len(values) // 2]:.2e}" if values else "-"
+        return at_most(sorted(values)[len(values) // 2], ".2e") if values else "-"
 
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{'-' if layer['spectral_radius'] is None else format(layer['spectral_radius'], '.3f')}"
+        f"<tr><td>{escape(name)}</td><td>{'-' if layer['spectral_radius'] is None else at_most(layer['spectral_radius'], '.3f')}"
         f"</td><td>{layer['change']:.3f}</td><td>{median(layer['width'])}</td><td>{median(layer['error_bound'])}</td></tr>"
         for name, layer in evaluation["layers"].items()
     )
@@ -137,14 +139,17 @@ def _layers(evaluation: dict[str, Any]) -> str:
 
 
 def _provenance(provenance: dict[str, Any]) -> str:
-    commands = "\n".join(provenance["commands"])
-    versions = ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())
+    sittings = "".join(
+        f"<tr><td>from epoch {s['epoch'] + 1}, {escape(s['started'])}</td><td><pre>{escape(s['command'])}</pre></td>"
+        f"<td>{escape(said_versions([s]))}</td></tr>"
+        for s in provenance["sittings"]
+    )
     seed = next(
         (line for line in provenance["config"].splitlines() if line.startswith("seed_everything")),
         "seed_everything: none",
     )
     return (
-        f"<div class='card'><table><tr><th>command</th><td><pre>{escape(commands)}</pre></td></tr>"
-        f"<tr><th>versions</th><td>{escape(versions)}</td></tr><tr><th>seed</th><td>{escape(seed)}</td></tr></table>"
+        f"<div class='card'><table><tr><th>sitting</th><th>command</th><th>versions</th></tr>{sittings}</table>"
+        f"<p>{escape(seed)}</p>"
         f"<details><summary>whole configuration</summary><pre>{escape(provenance['config'])}</pre></details></div>"
     )

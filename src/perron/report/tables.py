@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
 
-__all__ = ["Columns", "Results", "html_table", "name_rows", "spread", "strips", "text_table"]
+__all__ = [
+    "Columns",
+    "Results",
+    "at_least",
+    "at_most",
+    "html_table",
+    "name_rows",
+    "said_versions",
+    "spread",
+    "strips",
+    "text_table",
+]
 
 Results = Sequence[Mapping[str, Any]]
 # The heading of a column, and what it says of all runs of one model.
 Columns = Mapping[str, Callable[[Results], str]]
+
+
+def at_most(bound: float, form: str) -> str:
+    """An upper bound as text that is not below it: rounding to nearest would claim more than was proven.
+
+    Args:
+        bound: any number.
+        form: as for `format`; of kind e or f.
+
+    >>> at_most(1.01e-4, ".0e"), at_most(0.5, ".3f"), at_least(0.69, ".1f")
+    ('2e-04', '0.500', '0.6')
+    """
+    text = format(bound, form)
+    if not math.isfinite(bound) or Decimal(text) >= Decimal(bound):
+        return text
+    # One more in the last place.
+    unit = Decimal((0, (1,), int(Decimal(text).as_tuple().exponent)))
+    return format(float(Decimal(text) + unit), form)
+
+
+def at_least(bound: float, form: str) -> str:
+    """The same for a lower bound."""
+    text = at_most(-bound, form)
+    return f"-{text}" if bound < 0 else text.removeprefix("-")
+
+
+def said_versions(results: Results) -> str:
+    """The versions that measured them, all of them where they differ."""
+    known = [r.get("versions") for r in results]
+    words = [", ".join(f"{k} {v}" for k, v in v.items()) if v else "versions that were not recorded" for v in known]
+    return "; ".join(dict.fromkeys(words))
 
 
 def spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from perron._files import replacing
+from perron.report.tables import at_most
 from perron.training.module import equilibrium_layers, spectral_radius
 
 __all__ = ["EpochLines", "History", "Progress", "StopAfter"]
@@ -32,7 +33,8 @@ def _summary(metrics: Mapping[str, Any], suffix: str) -> dict[str, str]:
     found = {}
     for name, form in SHOWN.items():
         if f"train_{name}{suffix}" in metrics:
-            found[_SHORT.get(name, name)] = format(float(metrics[f"train_{name}{suffix}"]), form)
+            shown = at_most if name == "error_bound" else format
+            found[_SHORT.get(name, name)] = shown(float(metrics[f"train_{name}{suffix}"]), form)
     for name in ("loss", "acc"):
         if f"val_{name}" in metrics:
             found[f"val_{name}"] = format(float(metrics[f"val_{name}"]), SHOWN[name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perron.certificates import certify
+from perron.report.tables import at_most
 from perron.solvers import IterativeSolver, Picard, Solver
 from perron.training.module import equilibrium_layers, spectral_radius
 
@@ -109,10 +110,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
 
 
 def _finite(parts: list[Tensor]) -> list[float]:
+    """Four digits each, rounded up: most of them are bounds."""
     if not parts:
         return []
     values = torch.cat(parts)
-    return [float(f"{v:.4g}") for v in values[values.isfinite()].tolist()]
+    return [float(at_most(v, ".3e")) for v in values[values.isfinite()].tolist()]
 
 
 def _change(model: nn.Module, name: str, data: list[tuple[Tensor, Tensor]]) -> float:

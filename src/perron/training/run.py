@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import platform
+import shutil
 import sys
 import time
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 import perron
+from perron._files import lock, new_folder, read_json, replacing, write_json
 from perron.affine import Refusal
 from perron.data import ImageData
 from perron.report import write_report
+from perron.report.tables import at_least, at_most
 from perron.training.callbacks import EpochLines, History, Progress
 from perron.training.evaluation import evaluate
 from perron.training.module import Classifier
+from perron.training.records import (
+    BestCheckpoint,
+    Provenance,
+    UsageError,
+    WholeCheckpoints,
+    differences,
+    read_checkpoint,
+    versions,
+)
 from perron.verify import certify_classes
 
 __all__ = [
     "Loaded",
-    "Provenance",
     "UsageError",
     "certify_run",
     "fit",
@@ -41,47 +52,46 @@ __all__ = [
     "validate",
 ]
 
-
-class UsageError(RuntimeError):
-    """What was asked for does not exist; the message says what does."""
-
-
-class Provenance(L.Callback):
-    """Keeps the whole configuration, the command and the versions in every checkpoint."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__()
-        self.record: dict[str, Any] = {
-            "commands": [command],
-            "config": "",
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "versions": {
-                "perron": perron.__version__,
-                "torch": torch.__version__,
-                "lightning": L.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.record
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        commands = [*state_dict["commands"], *self.record["commands"]]
-        self.record = {**self.record, "commands": commands, "started": state_dict["started"]}
+# What a run can be given anew: it is used, and recorded. All else is part of what is trained, or kept in the checkpoint.
+_WHEN_RESUMED = (
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.callbacks",
+    "trainer.accelerator",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "trainer.enable_progress_bar",
+    "trainer.default_root_dir",
+    "data.init_args.data_dir",
+)
+_WHEN_EVALUATED = ("data.init_args.data_dir", "data.init_args.batch_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A trained network with its data and its folder."""
+    """A trained network with its data and its folder.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: from which the network was read.
+        epochs, step: how many it was trained for; the step tells the weights of one run apart.
+        module, data: the network and its data.
+        provenance, history: of the whole run, which may have gone on after this checkpoint.
+    """
 
     folder: Path
     checkpoint: Path
+    epochs: int
+    step: int
     module: Classifier
     data: ImageData
-    trainer: L.Trainer
     provenance: dict[str, Any]
     history: list[dict[str, float]]
+
+    @property
+    def weights(self) -> str:
+        return f"{self.checkpoint.name}, epoch {self.epochs}"
 
 
 def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI:
@@ -113,27 +123,120 @@ def _runs(root: Path, name: str) -> list[Path]:
     return sorted(folders, key=lambda p: int(p.name[4:]))
 
 
+def _parsed(cli: LightningCLI, text: str) -> dict[str, Any]:
+    """A configuration with every default filled in."""
+    options: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.parser.parse_string(text), skip_none=False))
+    return options
+
+
+def _check_changes(cli: LightningCLI, stored: str, free: Collection[str], rule: str) -> None:
+    given = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    if changed := differences(_parsed(cli, stored), given, free):
+        raise UsageError(f"{'; '.join(changed)}: {rule}, but for {', '.join(free)}")
+
+
 def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resume: bool, command: str) -> Path:
-    """Train a preset into a new run folder, or continue its latest run; then evaluate it and write the report."""
-    name = config.stem
-    earlier = _runs(root, name)
-    checkpoint: Path | None = None
+    """Train a preset into a new run folder, or continue its latest run; then evaluate it and write the report.
+
+    Args:
+        config: the YAML of the preset.
+        root: folder of all runs; those of a preset are `root/<its name>/run-N`.
+        data_dir: folder of the data files.
+        rest: further options of Lightning's command line.
+        resume: continue the latest run.
+        command: for the record.
+
+    Raises:
+        UsageError: there is nothing to resume, what there is is damaged, or an option differs that a run cannot change.
+        DataError: the data is missing or damaged.
+        BusyError: another process trains this run.
+    """
+    parent = root / config.stem
     if resume:
+        earlier = _runs(root, config.stem)
         if not earlier or not (earlier[-1] / "checkpoints" / "last.ckpt").is_file():
-            raise UsageError(f"nothing to resume: no checkpoint of {name!r} in {root}; run `perron fit {name}` first")
+            where = f"{earlier[-1]} has no checkpoint" if earlier else f"no run of {config.stem!r} in {root}"
+            raise UsageError(f"nothing to resume: {where}; run `perron fit {config.stem}` without --resume")
+        with lock(earlier[-1] / ".lock"):
+            _resume(earlier[-1], config, [*_data_arguments(data_dir), *rest], command)
         folder = earlier[-1]
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        config = folder / "config.yaml"
     else:
-        folder = root / name / f"run-{int(earlier[-1].name[4:]) + 1 if earlier else 1}"
-    history, provenance = History(folder), Provenance(command)
+        folder = new_folder(parent, "run")
+        with lock(folder / ".lock"):
+            _start(folder, config, [*_data_arguments(data_dir), *rest], command)
+    print(report(load(str(folder), root, data_dir, [])))
+    return folder
+
+
+def _start(folder: Path, config: Path, arguments: list[str], command: str) -> None:
+    provenance = Provenance(command, config.read_text())
+    try:
+        cli = _trainable(folder, ["--config", str(config), *arguments], provenance)
+        cli.datamodule.setup("fit")
+    except BaseException:
+        # Nothing was trained: no run.
+        shutil.rmtree(folder)
+        raise
+    _train(folder, cli, provenance, None)
+
+
+def _resume(folder: Path, config: Path, arguments: list[str], command: str) -> None:
+    last = folder / "checkpoints" / "last.ckpt"
+    try:
+        state = read_checkpoint(last)
+    except UsageError as error:
+        raise UsageError(f"{error}; copy best.ckpt over it to go on from there, or start a new run") from error
+    record = state["callbacks"]["Provenance"]
+    if record["source"] and yaml.safe_load(record["source"]) != yaml.safe_load(config.read_text()):
+        raise UsageError(
+            f"{config} is not what {folder} was started from: give what is to change as an option, or start a new run"
+        )
+    provenance = Provenance(command)
+    here = ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", str(sys.stdout.isatty())]
+    cli = _trainable(folder, ["--config", _stored(folder, record["config"]), *here, *arguments], provenance)
+    _check_changes(cli, record["config"], _WHEN_RESUMED, f"{folder} goes on with the settings it was started with")
+    if reason := _finished(cli.trainer, state):
+        print(f"{folder} is finished already: {reason}")
+        return
+    cli.datamodule.setup("fit")
+    _train(folder, cli, provenance, last)
+
+
+def _stored(folder: Path, text: str) -> str:
+    """The run's config.yaml, which may be ahead of its last checkpoint; that of the checkpoint where it is missing."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return text
+    try:
+        found = path.read_text()
+        if yaml.safe_load(found).keys() == yaml.safe_load(text).keys():
+            return found
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        pass
+    raise UsageError(f"{path} is damaged; delete it to go on with the copy in the run's checkpoint")
+
+
+def _finished(trainer: L.Trainer, state: dict[str, Any]) -> str | None:
+    """Why there is nothing left to train, if so."""
+    epochs = state["epoch"] + 1
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        return f"{epochs} epochs of {trainer.max_epochs}; a larger --trainer.max_epochs goes on"
+    if 0 <= trainer.max_steps <= state["global_step"]:
+        return f"{state['global_step']} steps of {trainer.max_steps}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kept = state["callbacks"].get(callback.state_key) if isinstance(callback, EarlyStopping) else None
+        if kept and kept["wait_count"] >= kept["patience"]:
+            return f"stopped early after {epochs} epochs; --trainer.callbacks [] goes on without"
+    return None
+
+
+def _trainable(folder: Path, arguments: list[str], provenance: Provenance) -> LightningCLI:
     shown = Progress() if sys.stdout.isatty() else EpochLines(lambda line: print(line, flush=True))
-    best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", enable_version_counter=False)
     last = ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False)
     cli = _instantiate(
-        ["--config", str(config), *_data_arguments(data_dir), *rest],
+        arguments,
         {
-            "callbacks": [history, best, last, provenance, shown],
+            "callbacks": [History(folder), BestCheckpoint(folder / "checkpoints"), last, provenance, shown],
             "enable_progress_bar": isinstance(shown, Progress),
             "default_root_dir": str(folder),
             "logger": False,
@@ -143,11 +246,14 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
             "log_every_n_steps": 1,
         },
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    written = cli.parser.dump(cli.config, skip_none=False)
-    (folder / "config.yaml").write_text(written)
-    provenance.record["config"] = written
-    started = time.perf_counter()
+    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
+    return cli
+
+
+def _train(folder: Path, cli: LightningCLI, provenance: Provenance, checkpoint: Path | None) -> None:
+    provenance.config = cli.parser.dump(cli.config, skip_none=False)
+    with replacing(folder / "config.yaml") as file:
+        file.write(provenance.config)
     ignore_known_warnings()
     # The checkpoint is the run's own: it also holds plain Python objects.
     try:
@@ -157,18 +263,14 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
         raise KeyboardInterrupt from stop
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - started
-    loaded = load(str(folder / "checkpoints" / "best.ckpt"), root, data_dir, [])
-    _evaluate(loaded, "validation", seconds=seconds)
-    print(report(loaded))
-    return folder
 
 
 def ignore_known_warnings() -> None:
     """What says nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Resuming writes into the same folder on purpose.
+    # Resuming writes into the same folder on purpose, also where it was moved.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
@@ -185,19 +287,24 @@ def _find(target: str, root: Path) -> Path:
 
 
 def load(target: str, root: Path, data_dir: str | None, rest: list[str]) -> Loaded:
-    """Load a preset's latest run, a run folder or a checkpoint. Only load checkpoints you trust: they are pickles."""
+    """Load a preset's latest run, a run folder or a checkpoint. Only load checkpoints you trust: they are pickles.
+
+    Args:
+        target: name of the preset, or a path.
+        root: folder of all runs.
+        data_dir: folder of the data files.
+        rest: further options; a run is evaluated as it was trained, so few can differ.
+
+    Raises:
+        UsageError: there is no such run, its checkpoint is damaged, or an option differs that cannot.
+    """
     checkpoint = _find(target, root)
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=False)
-        provenance = state["callbacks"]["Provenance"]
-    except (KeyError, EOFError, RuntimeError, ValueError, TypeError, ModuleNotFoundError, OSError) as error:
-        raise UsageError(f"{checkpoint} is not a checkpoint of `perron fit`, or it is damaged ({error})") from error
-    except Exception as error:
-        # Unpickling damaged bytes can raise anything.
-        raise UsageError(f"{checkpoint} is damaged ({type(error).__name__}: {error})") from error
-    folder = checkpoint.parent.parent
+    state = read_checkpoint(checkpoint)
+    config = state["callbacks"]["Provenance"]["config"]
+    # A checkpoint that was copied elsewhere is evaluated where it lies.
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     cli = _instantiate(
-        ["--config", provenance["config"], *_data_arguments(data_dir), *rest],
+        ["--config", config, *_data_arguments(data_dir), *rest],
         {
             "logger": False,
             "default_root_dir": str(folder),
@@ -205,20 +312,59 @@ def load(target: str, root: Path, data_dir: str | None, rest: list[str]) -> Load
             "enable_model_summary": False,
         },
     )
+    if rest:
+        _check_changes(cli, config, _WHEN_EVALUATED, "a run is evaluated with the settings it was trained with")
     module: Classifier = cli.model
-    module.load_state_dict(state["state_dict"])
-    history = state["callbacks"].get("History", {}).get("rows", [])
-    return Loaded(folder, checkpoint, module.eval(), cli.datamodule, cli.trainer, provenance, history)
+    try:
+        module.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise UsageError(f"{checkpoint} does not fit this version of perron: {error}") from error
+    whole_run = _latest(checkpoint, state)["callbacks"]
+    return Loaded(
+        folder=folder,
+        checkpoint=checkpoint,
+        epochs=state["epoch"] + 1,
+        step=state["global_step"],
+        module=module.eval(),
+        data=cli.datamodule,
+        provenance=whole_run["Provenance"],
+        history=whole_run.get("History", {}).get("rows", []),
+    )
 
 
-def _evaluate(loaded: Loaded, split: str, **more: Any) -> dict[str, Any]:
+def _latest(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of the last epoch of the checkpoint's run, as far as there is one."""
+    last = checkpoint.with_name("last.ckpt")
+    try:
+        return read_checkpoint(last) if checkpoint.name == "best.ckpt" and last.is_file() else state
+    except UsageError:
+        return state
+
+
+def _kept(loaded: Loaded, split: str) -> dict[str, Any]:
+    """The last evaluation on this split, of these weights or of others; empty where there is none."""
+    path = loaded.folder / f"evaluation-{split}.json"
+    found = read_json(path)
+    if found is None and path.is_file():
+        raise UsageError(f"{path} is damaged, and with it the number of evaluations; delete it to count anew")
+    return found or {}
+
+
+def _evaluate(loaded: Loaded, split: str) -> dict[str, Any]:
     loaded.data.setup("test" if split == "test" else "validate")
     loader = loaded.data.test_dataloader() if split == "test" else loaded.data.val_dataloader()
-    path = loaded.folder / f"evaluation-{split}.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    result = {**before, **evaluate(loaded.module.model, loader, len(loaded.data.classes)), **more}
-    result["times_evaluated"] = before.get("times_evaluated", 0) + 1
-    path.write_text(json.dumps(result))
+    _kept(loaded, split)
+    result = {
+        **evaluate(loaded.module.model, loader, len(loaded.data.classes)),
+        "checkpoint": loaded.checkpoint.name,
+        "epochs": loaded.epochs,
+        "step": loaded.step,
+        "evaluated": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "versions": versions(),
+    }
+    with lock(loaded.folder / ".evaluations.lock", wait=True):
+        result["times_evaluated"] = _kept(loaded, split).get("times_evaluated", 0) + 1
+        write_json(loaded.folder / f"evaluation-{split}.json", result)
     return result
 
 
@@ -227,8 +373,9 @@ def _line(split: str, result: dict[str, Any]) -> str:
         (max(layer["error_bound"], default=float("inf")) for layer in result["layers"].values()), default=float("nan")
     )
     return (
-        f"{split} accuracy {result['accuracy']:.2%} on {result['samples']} images; enclosures proven "
-        f"{result['enclosures_proven']}/{result['enclosures']}, largest certified relative error {worst:.2e}"
+        f"{split} accuracy {result['accuracy']:.2%} on {result['samples']} images ({result['checkpoint']}, epoch "
+        f"{result['epochs']}); enclosures proven {result['enclosures_proven']}/{result['enclosures']}, largest certified "
+        f"relative error {at_most(worst, '.2e')}"
     )
 
 
@@ -249,15 +396,15 @@ def test(loaded: Loaded) -> str:
 def predict(loaded: Loaded) -> str:
     loaded.data.setup("predict")
     path = loaded.folder / "predictions.csv"
-    with torch.no_grad(), path.open("w", newline="") as file:
+    with torch.no_grad(), replacing(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["index", "class"])
+        writer.writerow(["index", "class", "step"])
         index = 0
         for x, _ in loaded.data.predict_dataloader():
             for k in loaded.module(x).argmax(1).tolist():
-                writer.writerow([index, loaded.data.classes[k]])
+                writer.writerow([index, loaded.data.classes[k], loaded.step])
                 index += 1
-    return f"{index} predictions written to {path}"
+    return f"{index} predictions of {loaded.weights} (step {loaded.step}) written to {path}"
 
 
 def certify_run(loaded: Loaded, split: str) -> str:
@@ -269,55 +416,54 @@ def certify_run(loaded: Loaded, split: str) -> str:
     margin: list[float] = []
     right: list[bool] = []
     path = loaded.folder / f"certified-{split}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "class", "constant_over_enclosure", "margin"])
-        for x, y in loader:
-            try:
+    try:
+        with replacing(path) as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "class", "constant_over_enclosure", "margin", "step"])
+            for x, y in loader:
                 found = certify_classes(loaded.module.model, x)
-            except Refusal as refusal:
-                return f"{certificate}\n{split}: the class over whole enclosures is not verified: {refusal}"
-            for p, c, m in zip(found.predicted.tolist(), found.constant.tolist(), found.margin.tolist(), strict=True):
-                writer.writerow([len(constant), loaded.data.classes[p], c, f"{m:.6g}"])
-                constant.append(c)
-                margin.append(m)
-            right += (found.predicted == y).tolist()
+                rows = zip(found.predicted.tolist(), found.constant.tolist(), found.margin.tolist(), strict=True)
+                for p, c, m in rows:
+                    writer.writerow([len(constant), loaded.data.classes[p], c, at_least(m, ".6e"), loaded.step])
+                    constant.append(c)
+                    margin.append(m)
+                right += (found.predicted == y).tolist()
+    except Refusal as refusal:
+        return f"{certificate}\n{split}: the class over whole enclosures is not verified: {refusal}"
     both = sum(c and r for c, r in zip(constant, right, strict=True))
     return "\n".join(
         [
             str(certificate),
             f"{split}: the class is proven constant over the whole enclosure of every equilibrium layer for "
             f"{sum(constant)} of {len(constant)} images ({both} of them classified correctly)",
-            f"smallest proven logit margin {min(margin, default=float('nan')):.4g}; per image: {path}",
+            f"smallest proven logit margin {at_least(min(margin, default=float('nan')), '.4f')}; per image: {path}",
         ]
     )
 
 
 def report(loaded: Loaded) -> str:
-    evaluations = {
-        split: json.loads(path.read_text())
-        for split in ("validation", "test")
-        if (path := loaded.folder / f"evaluation-{split}.json").is_file()
-    }
+    """Write the page about these weights; evaluations of others are left out, and named."""
+    kept = {split: _kept(loaded, split) for split in ("validation", "test")}
+    evaluations = {split: e for split, e in kept.items() if e.get("step") == loaded.step}
     if not evaluations:
         evaluations = {"validation": _evaluate(loaded, "validation")}
-    history = _full_history(loaded)
     path = write_report(
         loaded.folder / "report.html",
         title=loaded.folder.parent.name,
-        history=history,
+        history=loaded.history,
         evaluations=evaluations,
         classes=loaded.data.classes,
         provenance=loaded.provenance,
     )
     lines = [_line(split, result) for split, result in evaluations.items()]
+    lines += [
+        f"left out: the {split} evaluation of {_source(e)}; `perron {command}` evaluates {loaded.weights}"
+        for split, command in (("validation", "validate"), ("test", "test"))
+        if (e := kept[split]) and split not in evaluations
+    ]
     return "\n".join([*lines, f"report: {path}"])
 
 
-def _full_history(loaded: Loaded) -> list[dict[str, float]]:
-    """The best checkpoint's history ends at the best epoch; history.csv goes on to the last."""
-    path = loaded.folder / "history.csv"
-    if not path.is_file():
-        return loaded.history
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def _source(evaluation: dict[str, Any]) -> str:
+    known = "checkpoint" in evaluation
+    return f"{evaluation['checkpoint']}, epoch {evaluation['epochs']}" if known else "weights that were not recorded"
