@@ -71,6 +71,83 @@ def test_rounding_is_within_the_declared_ulps(name: str, dtype: torch.dtype) -> 
                     assert abs(s - derivative) <= a.ulps * u * a.slope_at_zero, (x, s)
 
 
+def _whole_range(dtype: torch.dtype) -> torch.Tensor:
+    """From subnormal to huge, densely in between, and on both sides of where torch's kernels branch."""
+    info = torch.finfo(dtype)
+    low, high = math.log10(info.tiny) - 6, math.log10(info.max)
+    branches = [0.0, 0.5, 1.0, 6.0, 9.0, 19.0, 20.0, 37.0, 88.5, 104.0, 708.0, 710.0, 745.0, info.tiny, info.max]
+    edges = torch.tensor(branches, dtype=dtype)
+    nearby = [edges, torch.nextafter(edges, edges * 0), torch.nextafter(edges, edges * 2 + info.tiny)]
+    v = [torch.logspace(low, high, 200, dtype=torch.float64), torch.logspace(-2, 3, 300, dtype=torch.float64)]
+    v = torch.cat([*(t.to(dtype) for t in v), *nearby])
+    return v[v.isfinite()].sort().values
+
+
+ON_THE_LINE = {
+    "softsign": lambda v: v / (1 + abs(v)),
+    "softsign+1.5": lambda v: v / (1 + abs(v)) + mpmath.mpf(1.5),
+    "relu": lambda v: max(v, mpmath.mpf(0)),
+    "relu6": lambda v: min(max(v, mpmath.mpf(0)), mpmath.mpf(6)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_over_the_whole_range_of_floats(name: str, dtype: torch.dtype) -> None:
+    """The declared rounding, the supremum, and bounds, at subnormal to huge numbers of both signs."""
+    a = get_activation(name)
+    base, shift, _ = a.inner or (a, 0.0, 1.0)
+    u, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny
+    reference = ON_THE_LINE.get(name, REFERENCE[name])
+    v = _whole_range(dtype)
+    v = v if base.below_zero is None else torch.cat([-v.flip(0), v])
+    value, (low, high) = a(v), a.over(v, v)
+    known = ~low.isnan()
+    assert known[v >= 0].all()
+    assert known.all() or name == "(identity+1.2)^0.5"
+    v, value, low, high = v[known], value[known], low[known], high[known]
+    with mpmath.workdps(40):
+        for x, y, below, above in zip(v.tolist(), value.tolist(), low.tolist(), high.tolist(), strict=True):
+            exact = reference(mpmath.mpf(x))
+            if a.inner is None or x >= 0:
+                # Below zero a sum of two terms.
+                terms = abs(exact) + (2 * base.at_zero if x < 0 else 0)
+                assert abs(y - exact) <= a.ulps * u * terms + tiny, (x, y)
+            assert below <= exact <= above, (x, below, above)
+            assert exact <= a.supremum, x
+
+
+@pytest.mark.parametrize("base", ["tanh", "arctan", "sigmoid"])
+@pytest.mark.parametrize("power", [1.0, 0.7, 0.3])
+def test_supremum_and_infimum_of_composites_are_rounded_outwards(base: str, power: float) -> None:
+    top, bottom = {"tanh": (1, -1), "arctan": (mpmath.pi / 2, -mpmath.pi / 2), "sigmoid": (1, 0)}[base]
+    with mpmath.workdps(40):
+        for k in range(60):
+            shift = 1.6 + 0.013 * k
+            a = get_activation(f"({base}+{shift!r})^{power!r}")
+            assert (top + mpmath.mpf(shift)) ** mpmath.mpf(power) <= a.supremum
+            assert a.infimum <= (bottom + mpmath.mpf(shift)) ** mpmath.mpf(power)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bounds_of_boxes(name: str) -> None:
+    a = get_activation(name)
+    ends = 4 * torch.randn(2, 2000, dtype=torch.float64)
+    lower, upper = ends.amin(0), ends.amax(0)
+    low, high = a.over(lower, upper)
+    known = ~low.isnan()
+    assert (known == ~high.isnan()).all()
+    assert known[lower >= 0].all()
+    assert known.all() or a.below_zero is None
+    for t in torch.linspace(0, 1, 9, dtype=torch.float64):
+        value = a((lower + t * (upper - lower)).clamp(lower, upper))
+        assert (low <= value)[known].all()
+        assert (value <= high)[known].all()
+    # Attained at both ends.
+    torch.testing.assert_close(low[known], a(lower)[known], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(high[known], a(upper)[known], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [n for n, a in ACTIVATIONS.items() if a.derivative_of_value is not None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_derivative_of_the_value(name: str, dtype: torch.dtype) -> None:

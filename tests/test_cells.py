@@ -14,7 +14,9 @@ def nonnegative(cell: nn.Module) -> nn.Module:
     return cell
 
 
-@pytest.mark.parametrize("name", [a.name for a in ACTIVATIONS.values() if a.derivative_of_value is not None])
+@pytest.mark.parametrize(
+    "name", [a.name for a in ACTIVATIONS.values() if a.derivative_of_value is not None and a.smooth]
+)
 def test_slopes_from_values_are_bounds(name: str) -> None:
     """In float32 against the same formula in float64, at the very same values."""
     chain = trace(nonnegative(nn.Sequential(nn.Linear(8, 8, bias=False), Inject(), Activate(name))))
@@ -34,6 +36,22 @@ def test_bounds_rounded_out_of_the_range_bound_saturated_slopes(name: str) -> No
     chain = trace(nonnegative(nn.Sequential(nn.Linear(1, 1, bias=False), Inject(), Activate(name))))
     beyond = torch.full((1, 1), ACTIVATIONS[name].supremum, dtype=torch.float64) + 1e-4
     assert float(chain.linearize_at_fixed_point(beyond, "lower").slope) <= 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_that_jump_are_taken_from_the_argument(dtype: torch.dtype) -> None:
+    """At a bound of 6 that was rounded down the value says slope 1; the argument, 100, says 0."""
+    cell = nn.Sequential(nn.Linear(2, 2, bias=False, dtype=dtype), Inject(), Activate("relu6"))
+    with torch.no_grad():
+        cell[0].weight.copy_(torch.tensor([[3.0, 1.0], [0.5, 0.25]]))
+    chain, b = trace(cell), torch.tensor([[82.0, 1.0]], dtype=dtype)
+    below = torch.tensor([[6.0, 16 / 3]], dtype=dtype) * (1 - 1e-6)
+    assert chain.linearize_at_fixed_point(below, "upper") is None
+    steep = chain.linearize_steps(below, b, "upper").slope
+    flat = chain.linearize_steps(below * (1 + 1e-6), b, "lower").slope
+    assert steep[0, 0] <= 1e-5
+    assert flat[0, 0] == 0
+    assert steep[0, 1] >= 1 >= flat[0, 1] >= 1 - 1e-5
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from perron.cells import trace
+from perron.cells import Activate, Inject, trace
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
-from perron.solvers import Picard
+from perron.solvers import Auto, Picard
 from perron.solvers.aggregation import Aggregation
 from problems import dense_layer, dense_problems, truth
 
@@ -298,3 +298,20 @@ def test_batch_norm_inside_a_cell_counts_one_batch() -> None:
     layer(torch.randn(16, 4)).sum().backward()
     assert int(layer.cell.norm.num_batches_tracked) == 1
     assert not layer.certificate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_a_saturated_relu6_have_finite_bounds(dtype: torch.dtype) -> None:
+    """z1 = 6 whatever its argument is, and z2 = 3 + b2 + z2/4: dz/db = diag(0, 4/3), and g = (v1 + 2/3 v2, 4/3 v2)."""
+    cell = nn.Sequential(nn.Linear(2, 2, bias=False, dtype=dtype), Inject(), Activate("relu6"))
+    with torch.no_grad():
+        cell[0].weight.copy_(torch.tensor([[3.0, 1.0], [0.5, 0.25]]))
+    layer = Equilibrium(cell, solver=Auto(tol=1e-5))
+    b = torch.tensor([[82.0, 1.0], [1.0, 0.5]], dtype=dtype, requires_grad=True)
+    value = layer(b)
+    torch.testing.assert_close(value, torch.tensor([[6.0, 16 / 3], [6.0, 14 / 3]], dtype=dtype), rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(value.sum(), b)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 4 / 3]] * 2, dtype=dtype), rtol=1e-5, atol=0)
+    adjoint = layer.last_solution.adjoint
+    assert adjoint.converged.all()
+    assert (adjoint.error_bound <= 1e-5).all()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 __all__ = ["ACTIVATIONS", "Activation", "get_activation", "sigmoid_derivative"]
 
 _SQRT_SHIFT = 0.25
+# Of the supremum and the infimum of a composite, outwards.
+_ROUNDING = 2.0**-50
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Activation:
         slope_at_zero: sigma'(0), the largest slope.
         derivative_of_value: sigma'(v) as a function of sigma(v), where there is an accurate one: nonincreasing, and with
             the rounding that `ulps` allows.
+        smooth: whether the slope is continuous on (0, inf). Where it jumps, a value that was rounded does not give it, and
+            proofs take it from the argument instead.
         below_zero: what is known of sigma(v) for v < 0: "odd", 2 sigma(0) - sigma(-v); "flat", sigma(0); None, nothing.
         inner: for (sigma + shift)^power the parts (sigma, shift, power).
         ulps: bound on the relative rounding error of `function`, and on the absolute one of `derivative` divided by
@@ -53,6 +57,7 @@ class Activation:
     asymptotic_slope: float
     slope_at_zero: float
     derivative_of_value: Callable[[Tensor], Tensor] | None = None
+    smooth: bool = True
     below_zero: Literal["odd", "flat"] | None = None
     inner: tuple[Activation, float, float] | None = None
     ulps: int = 12
@@ -69,7 +74,7 @@ class Activation:
         """inf of sigma over the whole line; NaN where nothing is known below zero."""
         if self.inner is not None:
             base, shift, power = self.inner
-            return (base.infimum + shift) ** power if base.infimum + shift >= 0 else math.nan
+            return (base.infimum + shift) ** power * (1 - _ROUNDING) if base.infimum + shift >= 0 else math.nan
         return {"odd": 2 * self.at_zero - self.supremum, "flat": self.at_zero, None: math.nan}[self.below_zero]
 
     def flattest(self, lower: Tensor, upper: Tensor) -> Tensor:
@@ -109,8 +114,9 @@ class Activation:
             base, shift, power = self.inner
             low, high = (t + shift for t in base.over(lower, upper))
             low, high = low - eps * (low.abs() + 2 * shift), high + eps * (high.abs() + 2 * shift)
-            # A negative base has no power: NaN.
-            low, high = (low, high) if power == 1 else (low.pow(power), high.pow(power))
+            if power != 1:
+                # Of negative numbers there is none.
+                low, high = (torch.where(low >= 0, t, torch.nan).pow(power) for t in (low, high))
             return low - self.ulps * eps * low.abs() - tiny, high + self.ulps * eps * high.abs() + tiny
         known = torch.ones_like(lower, dtype=torch.bool) if self.below_zero is not None else lower >= 0
         low, high = (torch.where(known, self.function(t), torch.nan) for t in (lower, upper))
@@ -162,6 +168,7 @@ ACTIVATIONS: dict[str, Activation] = {
             0.0,
             1.0,
             lambda s: (s < 6).to(s.dtype),
+            smooth=False,
             below_zero="flat",
         ),
         Activation(
@@ -315,7 +322,7 @@ def _composed(base: Activation, shift: float, power: float, name: str) -> Activa
         function,
         derivative,
         lowest**power,
-        (base.supremum + shift) ** power,
+        (base.supremum + shift) ** power * (1 + _ROUNDING),
         base.asymptotic_slope if power == 1 else 0.0,
         power * lowest ** (power - 1) * base.slope_at_zero,
         inner=(base, shift, power),

@@ -376,6 +376,8 @@ class Chain:
         activation = self.last_activation
         if not self.single or len(self.affine) != 1 or activation is None or activation.derivative_of_value is None:
             return None
+        if not activation.smooth:
+            return None
         if side is not None:
             # Rounding outwards may have left the range of sigma, where the slope is not a function of the value.
             value = value.clamp(activation.at_zero, activation.supremum)
@@ -427,7 +429,8 @@ class Chain:
         For positive concave chains at z >= 0; without `side` for all that do not normalise.
         """
         dtype = z.dtype
-        slack = 0.0 if side is None else self.rounding(dtype).relative
+        # Of the argument here and of the one at the point that is compared with.
+        slack = 0.0 if side is None else 2 * self.rounding(dtype).relative
         shapes: list[torch.Size] = []
         diagonals: list[Tensor | None] = []
         v = z

@@ -1,5 +1,6 @@
 import copy
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from perron.nn import (
     SubhomogeneousConv2d,
     SubhomogeneousLinear,
 )
+from perron.nn.equilibrium import positive_injection
 from perron.solvers import Picard
 from problems import long_picard
 
@@ -182,3 +184,28 @@ def test_structured_cells_have_the_same_certificates(structure, activation) -> N
     with torch.no_grad():
         next(matrix.parameters())[0] = -0.1
     assert not layer.certificate(), "a negative weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_softplus_injection_is_softplus_everywhere(dtype: torch.dtype) -> None:
+    """Not the identity beyond some threshold, where a box of injections would miss what is computed."""
+    u = torch.finfo(dtype).eps / 2
+    thresholds = torch.tensor([4.0, 8.0, 7.99, 8.01, 0.0, 17.7, -16.0, -17.0, -200.0, 1e4, 1e30], dtype=dtype)
+    b = torch.cat([thresholds, torch.nextafter(thresholds, thresholds * 2), torch.linspace(-18, 12, 400, dtype=dtype)])
+    with mpmath.workdps(50):
+        exact = [max(mpmath.log1p(mpmath.exp(5 * mpmath.mpf(v))) / 5, mpmath.mpf(2) ** -123) for v in b.tolist()]
+    for v, found, softplus in zip(b.tolist(), positive_injection(b, "softplus").tolist(), exact, strict=True):
+        assert abs(found - softplus) <= 100 * u * softplus, v
+    around = positive_injection(8 + torch.linspace(-1e-9, 1e-9, 2001, dtype=torch.float64), "softplus")
+    assert (around.diff() >= -4e-15).all()
+
+
+def test_derivatives_of_the_softplus_injection() -> None:
+    b = torch.tensor([-30.0, -3.0, -0.1, 0.0, 0.2, 3.999, 4.001, 7.999, 8.001, 50.0], dtype=torch.float64)
+    slope = torch.sigmoid(5 * b).where(b > -17, torch.zeros_like(b))
+    found = torch.func.vmap(torch.func.grad(lambda v: positive_injection(v, "softplus")))(b)
+    torch.testing.assert_close(found, slope, rtol=1e-12, atol=1e-17)
+    forward = torch.func.jvp(lambda v: positive_injection(v, "softplus"), (b,), (torch.ones_like(b),))[1]
+    torch.testing.assert_close(forward, slope, rtol=1e-12, atol=1e-17)
+    second = torch.func.vmap(torch.func.grad(torch.func.grad(lambda v: positive_injection(v, "softplus"))))(b)
+    torch.testing.assert_close(second, 5 * slope * torch.sigmoid(-5 * b), rtol=1e-9, atol=1e-14)
