@@ -92,20 +92,64 @@ def test_far_nodes_hear_of_each_other() -> None:
     assert float(x.grad[0, 0]) > 0
 
 
-def test_the_graph_is_remembered_and_noticed_when_it_changes() -> None:
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_gradients_of_edge_weights(options) -> None:
+    torch.manual_seed(0)
+    layer = GraphEquilibrium(**options, solver=Auto(tol=1e-12, max_steps=2000, on_failure="ignore"))
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    edges = torch.cat([PATH, PATH[:, :1]], 1)
+    weight = (0.5 + torch.rand(5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t, w: layer(t, edges, w), (x, weight), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradgradcheck(lambda t, w: layer(t, edges, w), (x, weight), fast_mode=True)
+    layer.gradient = "jacobian_free"
+    (found,) = torch.autograd.grad(layer(x, edges, weight).sum(), weight)
+    assert (found != 0).all()
+
+
+def test_the_pattern_is_remembered_and_every_change_is_noticed() -> None:
     layer = GraphEquilibrium("tanh")
     x, edges, weight = torch.randn(3, 2), PATH.clone(), torch.ones(4)
     first = layer(x, edges, weight)
-    graph = layer._graph
+    pattern, _ = layer._adjacency.last
     layer(x, edges, weight)
-    assert layer._graph is graph
-    weight[0] = 5.0
-    assert not torch.equal(layer(x, edges, weight), first)
-    torch.testing.assert_close(layer(x, edges), first)
-    edges[1, 0] = 2
-    assert not torch.equal(layer(x, edges), first)
+    assert layer._adjacency.last[0] is pattern
+    torch.testing.assert_close(layer(x, edges.clone()), first)
+    assert layer._adjacency.last[0] is pattern
+    half = torch.full((4,), 0.5)
+    layer(x, edges, half)
+    value = layer(x, edges, half.clone().requires_grad_())
+    torch.testing.assert_close(value, layer(x, edges, half))
+    assert value.requires_grad
+    for write in (
+        lambda: weight.__setitem__(0, 5.0),
+        lambda: weight.data.__setitem__(1, 3.0),
+        lambda: weight.numpy().__setitem__(2, 7.0),
+        lambda: edges.__setitem__((1, 0), 2),
+        lambda: edges.data.__setitem__((0, 1), 0),
+        lambda: edges.numpy().__setitem__((0, 2), 0),
+    ):
+        before = layer(x, edges, weight)
+        write()
+        after = layer(x, edges, weight)
+        assert not torch.equal(after, before)
+        exact = reference(layer, x, dense_adjacency(edges, weight, 3))
+        torch.testing.assert_close(after.double(), exact, rtol=1e-3, atol=1e-5)
     copied = copy.deepcopy(layer)
+    assert copied._adjacency.last is None
     torch.testing.assert_close(copied(x, edges), layer(x, edges))
+
+
+def test_edges_made_in_inference_mode() -> None:
+    layer = GraphEquilibrium("tanh")
+    with torch.inference_mode():
+        edges, weight = PATH.clone(), torch.ones(4)
+        expected = layer(torch.ones(3, 2), edges, weight)
+    x = torch.ones(3, 2, requires_grad=True)
+    value = layer(x, edges, weight)
+    torch.testing.assert_close(value.detach(), expected.clone())
+    value.sum().backward()
+    assert (x.grad != 0).all()
+    assert layer.certificate()
 
 
 def test_a_million_edges_without_a_dense_matrix() -> None:

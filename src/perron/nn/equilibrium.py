@@ -160,7 +160,7 @@ class Equilibrium(nn.Module):
             x: (batch, ...) the input.
             z0: (batch, ...) a first guess, for instance the value for a similar input; it saves steps at best.
         """
-        _check_tensor(x)
+        check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, map, dtype = self._read(x)
             return self._equilibrium(map, b, z0).to(dtype)
@@ -193,7 +193,7 @@ class Equilibrium(nn.Module):
     @torch.no_grad()
     def solve(self, x: Tensor, *, z0: Tensor | None = None) -> Solution:
         """The whole Solution, without gradient."""
-        _check_tensor(x)
+        check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, map, _ = self._read(x)
             return self._solve(map, b, z0)
@@ -360,7 +360,7 @@ def _checked_start(z0: Start) -> Any:
     return z0
 
 
-def _check_tensor(x: object) -> None:
+def check_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(
             f"the input must be one tensor (batch, ...), got a {type(x).__name__}; join several with torch.cat, or keep the "

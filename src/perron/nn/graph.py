@@ -12,7 +12,6 @@ deep equilibrium models", ICML 2024, section 6; the conventions of edge_index ar
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,11 +22,11 @@ from perron.activations import Activation, get_activation
 from perron.affine import SparseStep
 from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep
 from perron.certificates import Certificate
-from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection
+from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection, check_tensor
 from perron.solvers import Solution, Solver
 from perron.structured import SparsePattern
 
-__all__ = ["GraphEquilibrium", "Place", "normalized_adjacency"]
+__all__ = ["Adjacency", "GraphEquilibrium", "Place", "normalized_adjacency"]
 
 Place = Literal["inside", "outside"]
 
@@ -39,7 +38,7 @@ def normalized_adjacency(
 
     Args:
         edge_index: (2, edges) integers: sources and targets.
-        edge_weight: (edges,) nonnegative, or None for ones.
+        edge_weight: (edges,) nonnegative, or None for ones; the values have its gradient.
         nodes: their number.
         dtype: of the values.
 
@@ -49,51 +48,105 @@ def normalized_adjacency(
     Raises:
         ValueError: wrong shapes or types, nodes out of range, negative or non-finite weights.
     """
-    if edge_index.dim() != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-        raise ValueError(
-            f"edge_index must be an integer tensor (2, edges), got {edge_index.dtype} {tuple(edge_index.shape)}"
-        )
-    edge_index = edge_index.long()
-    if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < nodes):
-        raise ValueError(
-            f"edge_index names nodes {int(edge_index.min())} to {int(edge_index.max())}, but there are {nodes}"
-        )
-    count = edge_index.shape[1]
-    weight = torch.ones(count, device=edge_index.device) if edge_weight is None else edge_weight.detach()
-    if weight.shape != (count,):
-        raise ValueError(f"edge_weight must be ({count},), one for each edge, got {tuple(weight.shape)}")
-    if not bool(((weight >= 0) & weight.isfinite()).all()):
-        raise ValueError("edge_weight must be finite and nonnegative")
-    loops = torch.arange(nodes, device=edge_index.device)
-    key = torch.cat([edge_index[1] * nodes + edge_index[0], loops * nodes + loops])
-    weight = torch.cat([weight.double(), torch.ones(nodes, dtype=torch.float64, device=weight.device)])
-    key, where = torch.unique(key, return_inverse=True)
-    values = torch.zeros(len(key), dtype=torch.float64, device=key.device).index_add_(0, where, weight)
-    rows, columns = key // max(nodes, 1), key % max(nodes, 1)
-    # Not below the weight of the self-loop, so never zero.
-    scale = torch.zeros(nodes, dtype=torch.float64, device=key.device).index_add_(0, rows, values).rsqrt()
-    return SparsePattern.of(rows, columns, (nodes, nodes)), (values * scale[rows] * scale[columns]).to(dtype)
+    edges = _Edges.of(edge_index, nodes)
+    return edges.pattern, edges.values(edge_weight).to(dtype)
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A propagation matrix, and the tensors it was made of, to know them again."""
+class _Edges:
+    """Where A + I has entries.
 
-    edge_index: weakref.ref[Tensor]
-    edge_weight: weakref.ref[Tensor] | None
-    versions: tuple[int, int]
+    Attributes:
+        edge_index, nodes: what it was made of, a copy.
+        where: (edges + nodes,) the entry that each edge, and each self-loop, adds to.
+        rows, columns: (nnz,) of the entries.
+        pattern: the same.
+    """
+
+    edge_index: Tensor
     nodes: int
+    where: Tensor
+    rows: Tensor
+    columns: Tensor
     pattern: SparsePattern
-    values: Tensor
 
-    def is_of(self, edge_index: Tensor, edge_weight: Tensor | None, nodes: int) -> bool:
-        known = None if self.edge_weight is None else self.edge_weight()
-        same = self.edge_index() is edge_index and known is edge_weight and self.nodes == nodes
-        return same and self.versions == _versions(edge_index, edge_weight)
+    @classmethod
+    # Tensors made in inference mode could not serve a gradient later.
+    @torch.inference_mode(False)
+    def of(cls, edge_index: Tensor, nodes: int) -> _Edges:
+        if edge_index.dim() != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+            raise ValueError(
+                f"edge_index must be an integer tensor (2, edges), got {edge_index.dtype} {tuple(edge_index.shape)}"
+            )
+        edge_index = edge_index.detach().long().clone()
+        if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < nodes):
+            raise ValueError(
+                f"edge_index names nodes {int(edge_index.min())} to {int(edge_index.max())}, but there are {nodes}"
+            )
+        loops = torch.arange(nodes, device=edge_index.device)
+        key = torch.cat([edge_index[1] * nodes + edge_index[0], loops * nodes + loops])
+        key, where = torch.unique(key, return_inverse=True)
+        rows, columns = key // max(nodes, 1), key % max(nodes, 1)
+        return cls(edge_index, nodes, where, rows, columns, SparsePattern.of(rows, columns, (nodes, nodes)))
+
+    def are(self, edge_index: Tensor, nodes: int) -> bool:
+        known = self.edge_index
+        comparable = known.device == edge_index.device and not edge_index.is_floating_point()
+        return self.nodes == nodes and comparable and torch.equal(known, edge_index)
+
+    def values(self, edge_weight: Tensor | None) -> Tensor:
+        """(nnz,) of D^-1/2 (A + I) D^-1/2, float64."""
+        count, ones = self.edge_index.shape[1], torch.ones_like(self.where, dtype=torch.float64)
+        if edge_weight is None:
+            weight = ones
+        else:
+            if edge_weight.shape != (count,) or edge_weight.is_complex():
+                raise ValueError(
+                    f"edge_weight must be ({count},), one number for each edge, got {tuple(edge_weight.shape)} {edge_weight.dtype}"
+                )
+            if not bool(((edge_weight >= 0) & edge_weight.isfinite()).all()):
+                raise ValueError("edge_weight must be finite and nonnegative")
+            weight = torch.cat([edge_weight.double(), ones[count:]])
+        values = weight.new_zeros(len(self.rows)).index_add(0, self.where, weight)
+        # Not below the weight of the self-loop, so never zero.
+        scale = values.new_zeros(self.nodes).index_add(0, self.rows, values).rsqrt()
+        return values * scale[self.rows] * scale[self.columns]
 
 
-def _versions(edge_index: Tensor, edge_weight: Tensor | None) -> tuple[int, int]:
-    return edge_index._version, -1 if edge_weight is None else edge_weight._version
+class Adjacency:
+    """`normalized_adjacency` in float64, which keeps the last one: comparing edges is cheaper than sorting them.
+
+    Edges and weights are known again by their content: a tensor may be written to in ways that leave no trace on it.
+    """
+
+    def __init__(self) -> None:
+        self._edges: _Edges | None = None
+        self._weight: Tensor | None = None
+        self.last: tuple[SparsePattern, Tensor] | None = None
+
+    def __call__(self, edge_index: Tensor, edge_weight: Tensor | None, nodes: int) -> tuple[SparsePattern, Tensor]:
+        known = self._edges is not None and self._edges.are(edge_index, nodes)
+        if not known or self._edges is None:
+            self._edges, self.last = _Edges.of(edge_index, nodes), None
+        differentiable = edge_weight is not None and edge_weight.requires_grad and torch.is_grad_enabled()
+        if self.last is not None and not differentiable and _same(self._weight, edge_weight):
+            return self.last
+        # Made in inference mode they could not serve a gradient later.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            values = self._edges.values(edge_weight)
+            self._weight = None if edge_weight is None else edge_weight.detach().clone()
+        self.last = self._edges.pattern, values.detach()
+        return self._edges.pattern, values
+
+    def __reduce__(self) -> Any:
+        # The graph is found again from its edges.
+        return Adjacency, ()
+
+
+def _same(known: Tensor | None, weight: Tensor | None) -> bool:
+    if known is None or weight is None:
+        return known is weight
+    return known.device == weight.device and known.dtype == weight.dtype and torch.equal(known, weight)
 
 
 class GraphEquilibrium(Equilibrium):
@@ -108,7 +161,8 @@ class GraphEquilibrium(Equilibrium):
         solver: default `Auto()`.
 
     Shape:
-        x (nodes, channels), edge_index (2, edges), edge_weight (edges,) or None; output (nodes, channels). Without
+        x (nodes, channels), edge_index (2, edges), edge_weight (edges,) or None; output (nodes, channels), with the gradients
+        of x and edge_weight. Without
         `normalize` the channels are the samples of the Solution, (channels, nodes); with it the graph is one sample,
         (1, channels, nodes).
 
@@ -142,12 +196,13 @@ class GraphEquilibrium(Equilibrium):
         super().__init__(nn.Sequential(Inject()), injection=positivity, solver=solver)
         self.activation, self.alpha, self.place = sigma, alpha, injection
         self.normalize = None if normalize is None else NormalizeStep(float(normalize), 1)
-        self._graph: _Graph | None = None
+        self._adjacency = Adjacency()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, z0: Tensor | None = None
     ) -> Tensor:
         """The equilibrium, (nodes, channels), with its implicit derivatives."""
+        check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, chain = self._problem(x, edge_index, edge_weight)
             guess = None if z0 is None else self._to_state(z0.to(b.dtype))
@@ -158,6 +213,7 @@ class GraphEquilibrium(Equilibrium):
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, z0: Tensor | None = None
     ) -> Solution:
         """The whole Solution, without gradient, in the layout of the state (see Shape)."""
+        check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, chain = self._problem(x, edge_index, edge_weight)
             return self._solve(chain, b, None if z0 is None else self._to_state(z0.to(b.dtype)))
@@ -168,11 +224,8 @@ class GraphEquilibrium(Equilibrium):
         The rules look at signs and spectral radii only, and these are the same for all normalised adjacencies.
         """
         with torch.no_grad():
-            graph = self._graph
-            if graph is None:
-                pattern, values = normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)
-            else:
-                pattern, values = graph.pattern, graph.values
+            last = self._adjacency.last
+            pattern, values = last or normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)
             return self.derive(self._chain(pattern, values), None)[0]
 
     def _problem(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor, Chain]:
@@ -181,16 +234,12 @@ class GraphEquilibrium(Equilibrium):
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}")
         x = x if x.dtype == torch.float64 else x.float()
-        if self._graph is None or not self._graph.is_of(edge_index, edge_weight, len(x)):
-            pattern, values = normalized_adjacency(edge_index, edge_weight, len(x), dtype=torch.float64)
-            weight = None if edge_weight is None else weakref.ref(edge_weight)
-            versions = _versions(edge_index, edge_weight)
-            self._graph = _Graph(weakref.ref(edge_index), weight, versions, len(x), pattern, values)
+        pattern, values = self._adjacency(edge_index, edge_weight, len(x))
         b = self.alpha * self.positive(x)
         if self.injection == "softplus":
             # A small alpha must not make zeros of it.
             b = b.clamp_min(SMALLEST_INJECTION)
-        return self._to_state(b), self._chain(self._graph.pattern, self._graph.values.to(x))
+        return self._to_state(b), self._chain(pattern, values.to(x))
 
     def _chain(self, pattern: SparsePattern, values: Tensor) -> Chain:
         step = SparseStep(((1 - self.alpha) * values,), None, pattern, pattern.longest_row)
@@ -205,10 +254,6 @@ class GraphEquilibrium(Equilibrium):
 
     def _to_nodes(self, state: Tensor) -> Tensor:
         return (state if self.normalize is None else state.squeeze(0)).t()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The graph is found again from its edges.
-        return {**super().__getstate__(), "_graph": None}
 
     def extra_repr(self) -> str:
         norm = (

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import perron
 from perron.data.graphs import GraphData, random_split, read_graph
 from perron.nn import GraphEquilibrium
-from perron.nn.graph import Place, normalized_adjacency
+from perron.nn.graph import Adjacency, Place
 from perron.report.propagation import text_table, write_propagation
 from perron.solvers import Auto
-from perron.structured import SparsePattern, sparse_product
+from perron.structured import sparse_product
 from perron.training.run import UsageError
 
 __all__ = ["PROPAGATIONS", "GraphNet", "GraphSettings", "fit_graph"]
@@ -79,7 +79,7 @@ class GraphNet(nn.Module):
             solver = Auto(tol=settings.tol, max_steps=500, verify=None, on_failure="ignore")
             self.propagate = GraphEquilibrium("tanh", alpha=settings.alpha, injection=place, solver=solver)
             self.scale = nn.Parameter(torch.tensor(_SCALE))
-        self._graph: tuple[SparsePattern, Tensor] | None = None
+        self._adjacency = Adjacency()
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
         h = F.relu(self.first(F.dropout(x, self.dropout, self.training)))
@@ -89,10 +89,8 @@ class GraphNet(nn.Module):
         return self._appnp(h, edge_index, edge_weight) if self.steps else h
 
     def _appnp(self, h: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
-        if self._graph is None:
-            self._graph = normalized_adjacency(edge_index, edge_weight, len(h), dtype=h.dtype)
-        pattern, values = self._graph
-        z = h.t()
+        pattern, values = self._adjacency(edge_index, edge_weight, len(h))
+        z, values = h.t(), values.to(h)
         for _ in range(self.steps):
             z = (1 - self.alpha) * sparse_product(pattern, values, z) + self.alpha * h.t()
         return z.t()
