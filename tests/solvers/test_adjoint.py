@@ -70,6 +70,11 @@ def test_nothing_is_certified_of_products_below_the_range() -> None:
     g, _, bound = _Proof(chain, b, (z, z), None).finish(z, 2 * v, v)
     assert g[0, 1] > 0
     assert bound.item() > 0
+    # Nothing is small beside a cotangent below the range.
+    single, small = chain_of(2e-6, "identity"), one(1.1186e-320)
+    assert (
+        _Proof(single, one(1.0), (one(1.000002), one(1.000002)), None).finish(one(1.0), small, small)[2].item() > 1e-6
+    )
     nothing = torch.zeros_like(v)
     assert _Proof(chain, b, (z, z), None).finish(z, nothing, nothing)[2].item() == 0
 

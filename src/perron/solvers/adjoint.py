@@ -305,9 +305,8 @@ class _Proof:
         entries = g[0].numel()
         spread = torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
         # Underflow of single products is absolute; the rest is relative to what was summed.
-        noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v))
-        noise = noise + torch.where(norm > 0, 1e-290 * entries, 0.0)
-        rounded = _norm(w, exact - g.double())
+        noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v)) + 1e-290 * entries
+        rounded = _norm(w, exact - g.double()) + 1e-290 * entries
         bound = (weighted_error(self.kappa, residual, spread + noise) + rounded) / norm
         # The last factor is for the norms themselves.
         bound = bound * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
