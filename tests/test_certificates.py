@@ -178,7 +178,7 @@ def test_networks() -> None:
     certificate = perron.certify(net)
     assert certificate
     assert [name for name, _ in certificate.parts] == ["1", "2"]
-    net.append(Equilibrium(nn.Linear(2, 2)))
+    net.append(Equilibrium(nn.Bilinear(2, 2, 2)))
     assert not perron.certify(net)
     assert "3: " in str(perron.certify(net).refusal)
     assert not perron.certify(nn.Linear(2, 2))
@@ -221,3 +221,22 @@ def test_a_refused_cell_with_injection_still_runs_and_differentiates() -> None:
     torch.testing.assert_close(z, torch.tanh(nn.functional.gelu(linear(z)) + x))
     assert not layer.last_solution.certified
     assert torch.autograd.gradcheck(layer, x)
+
+
+def test_a_refusal_names_the_nearest_rule_with_its_number_and_no_other() -> None:
+    """Power control z = max(W z + b, 0) is feasible up to spectral radius 1."""
+    infeasible = torch.tensor([[0.0, 1.1], [1.1, 0.0]])
+    for name in ("relu", "identity"):
+        for certificate in (dense_layer(infeasible, name).certificate(), certify(dense_layer(infeasible, name).cell)):
+            assert str(certificate.refusal).startswith("the asymptotic map has spectral radius up to 1.1, not below 1")
+            assert "row sums" not in str(certificate)
+    signed = torch.tensor([[1.25, -0.5], [0.0, 1.25]])
+    refusal = str(dense_layer(signed, "relu6").certificate().refusal)
+    assert "entry -0.5" in refusal
+    assert "eigenvalues up to 1.5, not below 1" in refusal
+    assert not any(word in refusal for word in ("spectral radius", "degree", "row sums"))
+    # With the activation before W there is no symmetric part to look at.
+    linear = dense_layer(signed, "tanh").cell[0]
+    refusal = str(certify(nn.Sequential(nn.Tanh(), linear, nn.Tanh(), linear, Inject())).refusal)
+    assert "row sums times largest slopes are 3.0625" in refusal
+    assert not any(word in refusal for word in ("spectral radius", "degree", "eigenvalues"))

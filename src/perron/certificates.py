@@ -177,10 +177,12 @@ def _a_priori_rate(chain: Chain) -> float | None:
 
 def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
     """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
+    kind = "none"
     try:
         if chain.normalizes:
             raise Refusal("division by a norm is not monotone")
         _check_nonnegative(chain)
+        kind = "positive concave"
         _check_positive(chain, positive_injection)
         radius = _asymptotic_radius(chain)
         if not radius < 1:
@@ -189,7 +191,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
                 "scale the weights down or use a bounded activation"
             )
     except Refusal as refusal:
-        return refused(str(refusal), kind="positive concave")
+        return refused(str(refusal), kind=kind)
     names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
     count = sum(t.numel() for t in chain.tensors)
     return Certificate(
@@ -210,10 +212,10 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
 
 
 def either(concave: Certificate, contraction: Certificate) -> Certificate:
-    """The certificate that holds, or a refusal with both reasons."""
+    """The certificate that holds, or the refusal of the theory that came nearest: for nonnegative weights the concave one."""
     if concave or contraction:
         return concave or contraction
-    return refused(f"not positive concave: {concave.refusal}. Not contracting: {contraction.refusal}")
+    return refused(str((concave if concave.kind == "positive concave" else contraction).refusal))
 
 
 def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certificate:
@@ -225,10 +227,10 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
     Kolter, NeurIPS 2020). For other signed weights the fixed point need not be unique, and the refusal says so; single
     samples may still be certified, by `perron.contraction`.
     """
-    reasons = []
+    missed, signed = "", ""
     try:
         if not nonnegative_injection:
-            raise Refusal("the injection must be nonnegative")
+            raise Refusal("the injection may have any sign")
         mu = degree(chain)
         if mu < 1:
             return Certificate(
@@ -243,11 +245,9 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
                 ),
                 rate=mu,
             )
-        reasons.append(
-            f"the degree of the cell is only bounded by {mu:.6g}, not below 1; use a larger shift or a power"
-        )
+        missed = f"the degree of the cell is only bounded by {mu:.6g}, not below 1; use a larger shift or a power"
     except Refusal as refusal:
-        reasons.append(f"{refusal} for the degree to count")
+        signed = str(refusal)
     factor = gain(chain)
     if factor < 1:
         return Certificate(
@@ -271,11 +271,12 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
                 "the activation is nondecreasing with slopes up to 1",
             ),
         )
-    reasons.append(
-        "with weights of any sign two fixed points are possible however small the degree is; absolute row sums times "
-        f"largest slopes are {factor:.6g}, not below 1 (weights='signed_bounded' keeps them there)"
-    )
-    return refused("; ".join(reasons), kind="subhomogeneous")
+    if missed:
+        return refused(missed, kind="subhomogeneous")
+    nearest = f"absolute row sums times largest slopes are {factor:.6g}, not below 1 (weights='signed_bounded' keeps them there)"
+    if -math.inf < least and 1 - least < factor:
+        nearest = f"the symmetric part of W has eigenvalues up to {1 - least:.6g}, not below 1 (MonotoneLinear keeps them there)"
+    return refused(f"{signed}, so that two fixed points are possible unless F contracts, and {nearest}")
 
 
 def _of_layer(layer: nn.Module, path: str) -> Certificate:

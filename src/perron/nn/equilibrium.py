@@ -253,7 +253,7 @@ class Equilibrium(nn.Module):
 
     def _derive_concave(self, map: Chain) -> tuple[Certificate, bool]:
         if self.injection == "free":
-            return refused("the injection must be nonnegative", kind="positive concave"), False
+            return refused("the injection may have any sign"), False
         if self.injection == "softplus":
             return derive(map, positive_injection=True), True
         certificate = derive(map, positive_injection=False)
