@@ -4,6 +4,7 @@ import math
 import lightning as L
 import pytest
 
+from perron._files import lock
 from perron.cli import main
 from perron.report.comparison import text_table
 from perron.training.compare import Settings, _Budget, compare
@@ -171,3 +172,57 @@ def test_results_from_before_a_setting_existed_are_kept(tmp_path) -> None:
     lines: list[str] = []
     compare(CORES[3:], 1, QUICK, tmp_path, write=lines.append)
     assert "kept" in lines[0]
+
+
+def test_what_a_kill_left_is_done_again_and_loses_nothing(tmp_path) -> None:
+    silent = lambda line: None
+    short = Settings(parameters=2000, epochs=1, limit=100)
+    table = compare(["mondeq"], 1, short, tmp_path, write=silent)
+    folder = next((tmp_path / "compare").iterdir())
+    path = folder / "mondeq-seed-0.json"
+    before = json.loads(path.read_text())
+    assert before["forward steps"] > 0
+    assert before["validation accuracy"] is not None
+    # Half a result, a result of another seed under this name, and none: training is over, its checkpoint has it all.
+    for text in (path.read_text()[:200], json.dumps({**before, "seed": 7}), ""):
+        path.write_text(text)
+        lines: list[str] = []
+        compare(["mondeq"], 1, short, tmp_path, write=lines.append)
+        assert "is no result of it, and done again" in lines[0]
+        assert not any("epoch 1/1" in line for line in lines)
+        after = json.loads(path.read_text())
+        assert {k: after[k] for k in before if k != "peak MiB"} == {k: before[k] for k in before if k != "peak MiB"}
+    # Files of something else are not counted.
+    (folder / "lstm-seed-0.json").write_text(json.dumps({**before, "core": "lstm"}))
+    (folder / "mondeq-seed-1.json").write_text("{")
+    (folder / "mondeq-seed-x.json").write_text("{}")
+    assert compare(["mondeq"], 1, short, tmp_path, write=silent).splitlines()[:-1] == table.splitlines()[:-1]
+    path.unlink()
+    last = folder / "checkpoints" / "mondeq-seed-0" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:500])
+    with pytest.raises(UsageError, match=r"last\.ckpt is damaged.*delete it to train mondeq-seed-0"):
+        compare(["mondeq"], 1, short, tmp_path, write=silent)
+
+
+def test_versions_of_every_sitting_and_result_are_said(tmp_path, monkeypatch) -> None:
+    short = Settings(parameters=2000, epochs=2, limit=100)
+    monkeypatch.setattr("perron.__version__", "0.0.1")
+    compare_for_an_epoch(["no-equilibrium"], 1, short, tmp_path, write=lambda line: None)
+    monkeypatch.setattr("perron.__version__", "0.0.2")
+    compare(["no-equilibrium"], 2, short, tmp_path, write=lambda line: None)
+    folder = next((tmp_path / "compare").iterdir())
+    found = [json.loads((folder / f"no-equilibrium-seed-{seed}.json").read_text()) for seed in (0, 1)]
+    assert [r["versions"]["perron"] for r in found] == ["0.0.1, 0.0.2", "0.0.2"]
+    page = (folder / "comparison.html").read_text()
+    assert "perron 0.0.1, 0.0.2, " in page
+    assert "; perron 0.0.2, " in page
+
+
+def test_one_process_at_a_time(tmp_path, capsys) -> None:
+    folder = tmp_path / "compare" / QUICK.folder
+    folder.mkdir(parents=True)
+    with lock(folder / ".lock"):
+        command = ["compare", "--parameters", "2000", "--epochs", "2", "--limit", "200", "--runs", str(tmp_path)]
+        assert main(command) == 2
+    assert "is writing into" in capsys.readouterr().err
+    assert [p.name for p in folder.iterdir()] == [".lock"]

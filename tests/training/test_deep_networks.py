@@ -27,9 +27,17 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
     # Again: what is there is read.
     path = folder / "tanh-depth-40.json"
     path.write_text('{"accuracy": 0.125, "agreement": 0.5}')
+    half = folder / "relu-depth-1.json"
+    before = json.loads(half.read_text())
+    half.write_text('{"accuracy": 0.')
     lines: list[str] = []
     again = compare_depths("digits", [1, 40], tmp_path, images=150, write=lines.append)
     assert "| 12.50% (50%) |" in again
+    assert json.loads(half.read_text()) == before
+    # One of these was measured by nobody knows which version, and the page says so.
+    page = (folder / "report.html").read_text()
+    assert "versions that were not recorded" in page
+    assert "perron " in page
 
 
 def test_misuse(tmp_path, capsys) -> None:

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 
+from perron._files import BusyError, lock
 from perron.cli import main
 from perron.training.equivalents import KernelSettings, compare_kernels
 from perron.training.run import UsageError
@@ -21,6 +24,19 @@ def test_table_page_and_resumption(tmp_path) -> None:
     before = path.stat().st_mtime_ns
     assert compare_kernels(QUICK, [8, 16], 2, tmp_path, write=lines.append) == table
     assert path.stat().st_mtime_ns == before
+    # Half a result is none, and a folder that is named alike is of other settings.
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text()[:60])
+    compare_kernels(QUICK, [16], 2, tmp_path, write=lines.append)
+    again = json.loads(path.read_text())
+    assert again["test"] == whole["test"]
+    assert again["versions"]["perron"]
+    close = KernelSettings(sa=0.30000001, images=100, kernel_images=60)
+    assert close.folder == QUICK.folder
+    with pytest.raises(UsageError, match=r"sa is 0\.3 there, 0\.30000001 was given"):
+        compare_kernels(close, [16], 2, tmp_path, write=lines.append)
+    with lock(folder / ".lock"), pytest.raises(BusyError):
+        compare_kernels(QUICK, [16], 2, tmp_path, write=lines.append)
 
 
 def test_command_and_misuse(tmp_path, capsys) -> None:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from perron._files import BusyError, lock
 from perron.cli import main
 from perron.data import DataError
 from perron.data.graphs import read_graph
@@ -34,6 +35,18 @@ def test_table_and_resumption(tmp_path) -> None:
         "cora", PROPAGATIONS, 2, QUICK, tmp_path / "runs", data_dir=str(tmp_path / "data"), write=lines.append
     )
     assert again == table
+    half = tmp_path / "runs" / "cora" / "appnp-split-0.json"
+    text = half.read_text()
+    for damaged in (text[: len(text) // 2], "", json.dumps({**json.loads(text), "split": 4})):
+        half.write_text(damaged)
+        fit_graph("cora", ["appnp"], 1, QUICK, tmp_path / "runs", data_dir=str(tmp_path / "data"), write=lines.append)
+        assert json.loads(half.read_text())["history"] == json.loads(text)["history"]
+    # Another graph under the same name is another study.
+    write_graph(tmp_path / "other", "cora", nodes=300)
+    with pytest.raises(UsageError, match="nodes is '600' there, '300' was given"):
+        fit_graph("cora", ["appnp"], 1, QUICK, tmp_path / "runs", data_dir=str(tmp_path / "other"), write=lines.append)
+    with lock(tmp_path / "runs" / "cora" / ".lock"), pytest.raises(BusyError):
+        fit_graph("cora", ["appnp"], 1, QUICK, tmp_path / "runs", data_dir=str(tmp_path / "data"), write=lines.append)
     assert (tmp_path / "runs" / "cora" / "pcdeq-split-1.json").stat().st_mtime_ns == before
 
 

@@ -31,12 +31,12 @@ def test_only_a_whole_result_of_the_same_thing_counts(tmp_path) -> None:
 
 
 def test_a_study_is_of_one_process_and_of_the_same_settings(tmp_path) -> None:
-    with study(tmp_path, {"epochs": 3, "limit": None}):
-        with pytest.raises(BusyError, match="process"), study(tmp_path, {"epochs": 3, "limit": None}):
-            pass
-    with pytest.raises(UsageError, match=r"other settings \(epochs is 3 there, 4 was given\)"):
-        with study(tmp_path, {"epochs": 4, "limit": None}):
-            pass
+    settings = {"epochs": 3, "limit": None}
+    with study(tmp_path, settings), pytest.raises(BusyError, match="process"), study(tmp_path, settings):
+        pass
+    other = pytest.raises(UsageError, match=r"other settings \(epochs is 3 there, 4 was given\)")
+    with other, study(tmp_path, {"epochs": 4, "limit": None}):
+        pass
     # A setting that came later.
     with study(tmp_path, {"epochs": 3, "limit": None, "network": "linear"}, {"network": "linear"}):
         pass

@@ -13,7 +13,17 @@ from matplotlib.axes import Axes
 from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
-from perron.report.tables import Columns, Results, html_table, name_rows, spread, strips
+from perron.report.tables import (
+    Columns,
+    Results,
+    at_least,
+    at_most,
+    html_table,
+    name_rows,
+    said_versions,
+    spread,
+    strips,
+)
 
 __all__ = ["text_table", "write_comparison"]
 
@@ -21,26 +31,30 @@ __all__ = ["text_table", "write_comparison"]
 def _certificate(results: Results) -> str:
     kinds = sorted({r["certificate"]["kind"] for r in results})
     rates = [r["certificate"]["rate"] for r in results if r["certificate"]["rate"] is not None]
-    return ", ".join(kinds) + (f" (rate {max(rates):.2f})" if rates else "")
+    return ", ".join(kinds) + (f" (rate {at_most(max(rates), '.2f')})" if rates else "")
 
 
 def _error(results: Results) -> str:
     found = [r["largest certified error"] for r in results if r["largest certified error"] is not None]
-    return f"{max(found):.0e}" if found else "-"
+    return at_most(max(found), ".0e") if found else "-"
+
+
+def _all(results: Results, key: str) -> str:
+    return ", ".join(f"{number:,}" for number in sorted({r[key] for r in results}))
 
 
 _COLUMNS: Columns = {
     "model": lambda r: r[0]["core"],
     "test accuracy": lambda r: spread([x["accuracy"] for x in r], lambda v: f"{100 * v:.2f}") + " %",
     "seeds": lambda r: str(len(r)),
-    "parameters": lambda r: f"{r[0]['parameters']:,}",
-    "width": lambda r: str(r[0]["width"]),
+    "parameters": lambda r: _all(r, "parameters"),
+    "width": lambda r: _all(r, "width"),
     "forward": lambda r: spread([x["forward steps"] for x in r], lambda v: f"{v:.1f}"),
     "backward": lambda r: spread([x["backward steps"] for x in r], lambda v: f"{v:.1f}"),
     "s/epoch": lambda r: spread([x["seconds per epoch"] for x in r], lambda v: f"{v:.1f}"),
     "peak MiB": lambda r: spread([x["peak MiB"] for x in r], lambda v: f"{v:.1f}"),
     "certificate": _certificate,
-    "proven": lambda r: spread([x["proven"] for x in r], lambda v: f"{100 * v:.0f} %"),
+    "proven": lambda r: spread([x["proven"] for x in r], lambda v: f"{at_least(100 * v, '.0f')} %"),
     "largest error": _error,
     "depth": lambda r: spread([x["effective depth"] for x in r], lambda v: f"{v:.0f}"),
 }
@@ -65,16 +79,16 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
         settings: common to all runs.
     """
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
-    versions = ", ".join(f"{k} {v}" for k, v in results[0]["versions"].items())
     refusals = {r["core"]: r["certificate"]["refusal"] for r in results if r["certificate"]["refusal"]}
     refused = "".join(f"<p><b>{escape(core)}</b>: {escape(reason)}</p>" for core, reason in refusals.items())
     parts = [
-        f"<h1>Implicit models on {escape(str(settings['data']))}</h1><p class='soft'>{escape(common)}; {escape(versions)}, "
-        f"{results[0]['threads']} threads. The network around the core, the split, the batches and the optimiser are the "
+        f"<h1>Implicit models on {escape(str(settings['data']))}</h1><p class='soft'>{escape(common)}; "
+        f"{escape(said_versions(results))}; threads: {_all(results, 'threads')}. "
+        "The network around the core, the split, the batches and the optimiser are the "
         "same for all.</p>",
         html_table(_COLUMNS, _groups(results)),
         "<p>Forward and backward: evaluations of f, and products with its Jacobian, per sample in the last epoch of "
-        "training (neural ODEs: evaluations of the right-hand side of the last batch). Proven: samples of the test set "
+        "training (neural ODEs: evaluations of the right-hand side in the last batch of the test). Proven: samples of the test set "
         "whose enclosure is proven. Depth: the least number of evaluations of f from zero with which the same weights are "
         "within a tenth of a point; at 1 the equilibrium does nothing.</p>",
         grid(svg(lambda axes: _accuracy(axes, results)), svg(lambda axes: _seconds(axes, results))),

@@ -16,7 +16,7 @@ from perron.kernels.readout import MODELS, Spectra
 from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
-from perron.report.tables import Columns, Results, html_table, spread
+from perron.report.tables import Columns, Results, html_table, said_versions, spread
 
 __all__ = ["text_table", "write_kernels"]
 
@@ -59,7 +59,14 @@ def text_table(results: Results, found: Spectra) -> str:
     )
 
 
-def write_kernels(path: Path, results: Results, found: Spectra, match: Match, facts: Mapping[str, Any]) -> Path:
+def write_kernels(
+    path: Path,
+    results: Results,
+    found: Spectra,
+    match: Match,
+    facts: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> Path:
     """Write the page and return its path.
 
     Args:
@@ -67,15 +74,18 @@ def write_kernels(path: Path, results: Results, found: Spectra, match: Match, fa
         results: one for each model, width and seed, as `perron.kernels.readout.read_out` measures them.
         found: the kernels of infinite width.
         match: the explicit network.
-        facts: about the data and the versions.
+        facts: about the data.
+        versions: with which `found` was computed; results have their own.
     """
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in facts.items())
+    measured_by = said_versions([{"versions": versions}, *results])
     layers = ", then ".join(str(a) for a in match.activations)
     residuals = ", ".join(f"{float(r):.1e}" for r in match.residuals)
     distances = "; ".join(f"{name} <b>{found.distance[name]:.5f}</b>" for name in MODELS[1:])
     parts = [
         "<h1>An equilibrium network and its explicit equivalent</h1>",
-        f"<p class='soft'>{escape(common)}. Images centered, every one of unit norm; frozen random features, ridge read-out.</p>",
+        f"<p class='soft'>{escape(common)}; {escape(measured_by)}. "
+        "Images centered, every one of unit norm; frozen random features, ridge read-out.</p>",
         f"<div class='card'><p>Matched: {escape(layers)}. Relative residuals of the four equations: {residuals}.</p>"
         f"<p>Relative operator-norm distance to the kernel of the equilibrium network, at infinite width: {distances}. "
         "This is the judge: accuracies of all three agree, matched or not.</p></div>",

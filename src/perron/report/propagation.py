@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
-from perron.report.tables import Columns, Results, html_table, spread, strips
+from perron.report.tables import Columns, Results, at_most, html_table, said_versions, spread, strips
 
 __all__ = ["text_table", "write_propagation"]
 
@@ -23,7 +23,7 @@ def _proven(results: Results) -> str:
 
 
 def _error(results: Results) -> str:
-    return "-" if results[0]["error"] is None else f"{max(r['error'] for r in results):.0e}"
+    return "-" if results[0]["error"] is None else at_most(max(r["error"] for r in results), ".0e")
 
 
 _COLUMNS: Columns = {
@@ -53,13 +53,14 @@ def write_propagation(
         name: of the graph.
         results: of every model, one for each split, as `perron.training.graphs` measures them.
         settings: common to all models.
-        facts: about the graph and the versions, in words.
+        facts: about the graph, in words.
     """
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in {**facts, **settings}.items())
+    measured_by = said_versions([r for rows in results.values() for r in rows])
     accuracy = {k: [r["test"] for r in rows] for k, rows in results.items()}
     parts = [
-        f"<h1>Propagation over {escape(name)}</h1><p class='soft'>{escape(common)}. The network before the propagation, the "
-        "splits and the optimiser are the same for all.</p>",
+        f"<h1>Propagation over {escape(name)}</h1><p class='soft'>{escape(common)}; "
+        f"{escape(measured_by)}. The network before the propagation, the splits and the optimiser are the same for all.</p>",
         html_table(_COLUMNS, list(results.values())),
         '<p>Propagation "none" is the network with W = 0, and at the same time the explicit network of equal size: what it '
         "lacks is what the equilibrium buys. Proven: splits whose test solve is enclosed; evaluations of f per channel in it."

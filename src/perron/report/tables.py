@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -30,7 +29,7 @@ Columns = Mapping[str, Callable[[Results], str]]
 
 
 def at_most(bound: float, form: str) -> str:
-    """An upper bound as text that is not below it: rounding to nearest would claim more than was proven.
+    """An upper bound as text whose number is not below it: rounding to nearest would claim more than was proven.
 
     Args:
         bound: any number.
@@ -40,7 +39,7 @@ def at_most(bound: float, form: str) -> str:
     ('2e-04', '0.500', '0.6')
     """
     text = format(bound, form)
-    if not math.isfinite(bound) or Decimal(text) >= Decimal(bound):
+    if not float(text) < bound:
         return text
     # One more in the last place.
     unit = Decimal((0, (1,), int(Decimal(text).as_tuple().exponent)))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import logging
 import math
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -24,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import perron
+from perron._files import write_json
 from perron.certificates import Certificate, certify
 from perron.data import ImageData
 from perron.data.modules import DATA_MODULES
@@ -42,10 +40,35 @@ from perron.report.comparison import text_table, write_comparison
 from perron.training.callbacks import EpochLines
 from perron.training.evaluation import evaluate
 from perron.training.module import Classifier, Penalty, equilibrium_layers
-from perron.training.run import UsageError, ignore_known_warnings
+from perron.training.records import (
+    Provenance,
+    UsageError,
+    WholeCheckpoints,
+    read_checkpoint,
+    result_of,
+    study,
+)
+from perron.training.run import ignore_known_warnings
 
 __all__ = ["Run", "Settings", "compare", "peak_memory"]
 
+# What the table and the page are made of.
+_KEYS = (
+    "width",
+    "accuracy",
+    "parameters",
+    "forward steps",
+    "backward steps",
+    "seconds per epoch",
+    "peak MiB",
+    "certificate",
+    "proven",
+    "largest certified error",
+    "effective depth",
+    "depth",
+    "versions",
+    "threads",
+)
 # A depth is enough if its accuracy is within this of the full solve's.
 _DEPTH_MARGIN = 1e-3
 
@@ -133,10 +156,11 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
 
 class _Clock(L.Callback):
-    """Seconds of the training batches of each epoch, without validation; kept in checkpoints."""
+    """Seconds of the training batches of each epoch, without validation, and the metrics of the last; kept in checkpoints."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.metrics: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begin = self.last = time.perf_counter()
@@ -146,12 +170,13 @@ class _Clock(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds.append(self.last - self.begin)
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = list(state_dict["seconds"])
+        self.seconds, self.metrics = list(state_dict["seconds"]), dict(state_dict["metrics"])
 
 
 @dataclass(frozen=True)
@@ -200,28 +225,31 @@ def compare(
         write: takes a line of progress.
 
     Raises:
-        UsageError: an unknown core or data set, numbers out of range, settings other than those of earlier results, or
-            no Ray.
+        UsageError: an unknown core or data set, numbers out of range, settings other than those of earlier results, a
+            damaged checkpoint, or no Ray.
+        BusyError: another process works in the same folder.
     """
     settings.check(cores, seeds)
     folder = (root / "compare" / settings.folder).resolve()
-    _keep_settings(folder, settings)
-    end = None if budget is None else time.time() + budget
-    runs: list[Run] = []
-    for seed, core in itertools.product(range(seeds), cores):
-        run = Run(core, seed, settings, folder, data_dir, end, f"[{len(runs) + 1}/{seeds * len(cores)}]")
-        runs.append(run)
-        if run.result.is_file():
-            write(f"{run.label}: kept from {run.result}")
-    left = [r for r in runs if not r.result.is_file()]
-    if ray and left:
-        from perron.training.distribute import spread
+    with study(folder, asdict(settings), asdict(Settings())):
+        end = None if budget is None else time.time() + budget
+        left: list[Run] = []
+        for number, (seed, core) in enumerate(itertools.product(range(seeds), cores), 1):
+            run = Run(core, seed, settings, folder, data_dir, end, f"[{number}/{seeds * len(cores)}]")
+            if run.found is not None:
+                write(f"{run.label}: kept from {run.result}")
+                continue
+            if run.result.is_file():
+                write(f"{run.label}: {run.result} is no result of it, and done again")
+            left.append(run)
+        if ray and left:
+            from perron.training.distribute import spread
 
-        spread(left, write)
-    else:
-        for run in left:
-            run(write)
-    return _report(folder, settings)
+            spread(left, write)
+        else:
+            for run in left:
+                run(write)
+        return _report(folder, settings)
 
 
 @dataclass(frozen=True)
@@ -254,6 +282,11 @@ class Run:
     def result(self) -> Path:
         return self.folder / f"{self.name}.json"
 
+    @property
+    def found(self) -> dict[str, Any] | None:
+        """The result, if there is a whole one."""
+        return result_of(self.result, {"core": self.core, "seed": self.seed}, _KEYS)
+
     def __call__(self, write: Callable[[str], None]) -> None:
         for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -265,17 +298,7 @@ class Run:
         if found is None:
             write(f"{self.label}: interrupted by the budget; the same command goes on here")
         else:
-            self.result.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _keep_settings(folder: Path, settings: Settings) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if path.is_file() and {**asdict(Settings()), **json.loads(path.read_text())} != asdict(settings):
-        raise UsageError(
-            f"{folder} holds results with other settings ({path}); name another --runs folder, or delete this one"
-        )
-    path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+            write_json(self.result, found)
 
 
 def _train(run: Run, seconds: float | None, write: Callable[[str], None]) -> dict[str, Any] | None:
@@ -294,7 +317,13 @@ def _train(run: Run, seconds: float | None, write: Callable[[str], None]) -> dic
         penalty_weight=settings.penalty_weight,
     )
     checkpoints = folder / "checkpoints" / run.name
-    clock = _Clock()
+    last = checkpoints / "last.ckpt"
+    if last.is_file():
+        try:
+            read_checkpoint(last)
+        except UsageError as error:
+            raise UsageError(f"{error}; delete it to train {run.name} from its beginning") from error
+    clock, provenance = _Clock(), Provenance(f"compare {run.name}")
     trainer = L.Trainer(
         max_epochs=settings.epochs,
         logger=False,
@@ -305,12 +334,13 @@ def _train(run: Run, seconds: float | None, write: Callable[[str], None]) -> dic
         default_root_dir=str(folder),
         callbacks=[
             clock,
+            provenance,
             *([] if seconds is None else [_Budget(seconds)]),
             EpochLines(write),
             ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         ],
     )
-    last = checkpoints / "last.ckpt"
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
     with warnings.catch_warnings():
         ignore_known_warnings()
         # The checkpoint is the run's own: it also holds plain Python objects.
@@ -319,13 +349,13 @@ def _train(run: Run, seconds: float | None, write: Callable[[str], None]) -> dic
         raise KeyboardInterrupt
     if trainer.current_epoch < settings.epochs:
         return None
-    return {"core": run.core, "seed": run.seed, "width": width, **_measure(module, data, trainer, clock)}
+    identity = {"core": run.core, "seed": run.seed, "width": width}
+    return {**identity, **_measure(module, data, clock), "versions": provenance.versions()}
 
 
-def _measure(module: Classifier, data: ImageData, trainer: L.Trainer, clock: _Clock) -> dict[str, Any]:
-    model = module.model
+def _measure(module: Classifier, data: ImageData, clock: _Clock) -> dict[str, Any]:
+    model, facts = module.model, clock.metrics
     data.setup("test")
-    facts = {k: float(v) for k, v in trainer.callback_metrics.items()}
     images, labels = next(iter(data.train_dataloader()))
     images, labels = images.to(module.device), labels.to(module.device)
 
@@ -352,7 +382,6 @@ def _measure(module: Classifier, data: ImageData, trainer: L.Trainer, clock: _Cl
         "largest certified error": max(bounds, default=None),
         "effective depth": _effective_depth(evaluation["depth"]) if layers else None,
         "depth": evaluation["depth"],
-        "versions": {"perron": perron.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
     }
 
@@ -372,10 +401,12 @@ def _effective_depth(depth: dict[str, float]) -> int | None:
 
 
 def _report(folder: Path, settings: Settings) -> str:
-    results = [json.loads(p.read_text()) for p in sorted(folder.glob("*-seed-*.json"))]
+    order = list(settings.cores)
+    files = [(p, *p.stem.rpartition("-seed-")[::2]) for p in folder.glob("*-seed-*.json")]
+    named = [(order.index(core), int(seed), path) for path, core, seed in files if core in order and seed.isdigit()]
+    whole = (result_of(path, {"core": order[core], "seed": seed}, _KEYS) for core, seed, path in sorted(named))
+    results = [r for r in whole if r is not None]
     if not results:
         return "no model is finished yet"
-    order = list(settings.cores)
-    results.sort(key=lambda r: (order.index(r["core"]), r["seed"]))
     page = write_comparison(folder / "comparison.html", results, asdict(settings))
     return f"{text_table(results)}\npage: {page}"

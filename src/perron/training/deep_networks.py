@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import perron
+from perron._files import write_json
 from perron.kernels import DepthLimit, deep_classify, depth_limit, optimal_activation
 from perron.report.deep_networks import text_table, write_depth
+from perron.report.tables import said_versions
 from perron.training.equivalents import known_data, load_splits
-from perron.training.run import UsageError
+from perron.training.records import UsageError, measured, study, versions
 
 __all__ = ["compare_depths"]
 
@@ -29,6 +30,8 @@ _ACTIVATIONS = (
     ("tanh", False),
     ("abs", True),
 )
+# What the table and the page are made of.
+_KEYS = ("accuracy", "agreement")
 # Share of labels of the toy that are wrong: the least possible error.
 _NOISE = 0.2
 _TOY_SIZES, _TOY_TEST = (30, 100, 300, 1000, 2000), 2000
@@ -57,7 +60,8 @@ def compare_depths(
         the table, and where the page is that it writes.
 
     Raises:
-        UsageError: unknown data, or numbers out of range.
+        UsageError: unknown data, numbers out of range, or settings other than those of earlier results.
+        BusyError: another process works in the same folder.
     """
     if not depths or min(depths) < 1 or images < 20:
         raise UsageError("depths must be at least 1, and images at least 20")
@@ -65,32 +69,38 @@ def compare_depths(
     train, test = splits["train"], splits["test"]
     X_test, y_test = test.X[:images], test.y[:images]
     folder = root / "kernels" / f"depth-{data}-{images}-images"
-    folder.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    for name, centred in _ACTIVATIONS:
-        limit = depth_limit(name, centred=centred)
-        wanted = limit.classify(train.X, train.y, X_test)
-        row = {**_facts(limit), "limit": _share(wanted == y_test), "depths": {}}
-        write(f"{row['activation']}: {row['kind']}, {row['limit']:.2%} of test images right in the limit")
-        for depth in depths:
-            path = folder / f"{name}{'-centred' if centred else ''}-depth-{depth}.json"
-            if not path.is_file():
+
+    def measure(name: str, centred: bool, depth: int, wanted: Tensor) -> dict[str, float]:
+        found = deep_classify(train.X, train.y, X_test, name, depth, centred=centred)
+        return {"accuracy": _share(found == y_test), "agreement": _share(found == wanted)}
+
+    with study(folder, {"data": data, "images": images}):
+        for name, centred in _ACTIVATIONS:
+            limit = depth_limit(name, centred=centred)
+            wanted = limit.classify(train.X, train.y, X_test)
+            row = {**_facts(limit), "limit": _share(wanted == y_test), "depths": {}}
+            write(f"{row['activation']}: {row['kind']}, {row['limit']:.2%} of test images right in the limit")
+            for depth in depths:
+                path = folder / f"{name}{'-centred' if centred else ''}-depth-{depth}.json"
+                identity = {"activation": row["activation"], "depth": depth}
                 try:
-                    found = deep_classify(train.X, train.y, X_test, name, depth, centred=centred)
+                    shares = measured(path, identity, _KEYS, partial(measure, name, centred, depth, wanted))
                 except ValueError as error:
                     write(f"{row['activation']}, depth {depth}: {error}")
                     continue
-                shares = {"accuracy": _share(found == y_test), "agreement": _share(found == wanted)}
-                path.write_text(json.dumps(shares) + "\n")
-            row["depths"][depth] = shares = json.loads(path.read_text())
-            write(
-                f"{row['activation']}, depth {depth}: {shares['accuracy']:.2%} right, {shares['agreement']:.2%} as in the limit"
-            )
-        results.append(row)
-    toy = _toy()
-    (folder / "depth.json").write_text(json.dumps({"results": results, "toy": toy["errors"]}, indent=1) + "\n")
-    facts = f"{data}, {len(train.y):,} training and {len(y_test):,} test images; perron {perron.__version__}"
-    page = write_depth(folder / "report.html", results, toy, facts)
+                row["depths"][depth] = shares
+                write(
+                    f"{row['activation']}, depth {depth}: {shares['accuracy']:.2%} right, {shares['agreement']:.2%} as in the limit"
+                )
+            results.append(row)
+        toy = _toy()
+        write_json(folder / "depth.json", {"results": results, "toy": toy["errors"], "versions": versions()})
+        measured_by = said_versions(
+            [{"versions": versions()}, *(shares for row in results for shares in row["depths"].values())]
+        )
+        facts = f"{data}, {len(train.y):,} training and {len(y_test):,} test images; {measured_by}"
+        page = write_depth(folder / "report.html", results, toy, facts)
     return f"{text_table(results)}\npage: {page}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from perron.training.compare import Run
-from perron.training.run import UsageError
+from perron.training.records import UsageError
 
 __all__ = ["spread"]
 
@@ -67,7 +67,9 @@ def _lines_of(write: Callable[[str], None]) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             run = trial.config["run"]
-            write(f"{run.label}: " + ("done" if run.result.is_file() else "interrupted; the same command goes on here"))
+            write(
+                f"{run.label}: " + ("done" if run.found is not None else "interrupted; the same command goes on here")
+            )
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             write(f"{trial.config['run'].label}: failed, see {trial.error_file}")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import perron
+from perron._files import write_json
 from perron.data import DATA_MODULES, ImageData
 from perron.kernels import UnstableError, match_explicit
 from perron.kernels.readout import MODELS, Spectra, Split, feature_map, kernel_distance, normalised, read_out, spectra
 from perron.report.equivalents import text_table, write_kernels
-from perron.training.run import UsageError
+from perron.training.records import UsageError, measured, study, versions
 
 __all__ = ["KernelSettings", "compare_kernels", "known_data", "load_splits"]
+
+
+# What the table and the page are made of.
+_KEYS = ("test", "seconds per sample", "kernel distance")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ def compare_kernels(
         write: takes a line of progress.
 
     Raises:
-        UsageError: unknown data or activation, an unstable equilibrium, or numbers out of range.
+        UsageError: unknown data or activation, an unstable equilibrium, numbers out of range, or settings other than those of
+            earlier results.
+        BusyError: another process works in the same folder.
     """
     module = known_data(settings.data)
     if seeds < 1 or not widths or min(widths) < 1 or min(settings.images, settings.kernel_images) < 20:
@@ -97,8 +105,6 @@ def compare_kernels(
         raise UsageError(str(error)) from error
     data = module(data_dir=data_dir)
     splits = load_splits(data, settings.images)
-    folder = root / "kernels" / settings.folder
-    folder.mkdir(parents=True, exist_ok=True)
     write(
         f"matched by {', '.join(map(str, match.activations))}; largest residual {float(match.residuals.abs().max()):.1e}"
     )
@@ -106,28 +112,26 @@ def compare_kernels(
     found = spectra(X, match)
     for name in MODELS[1:]:
         write(f"{name}: kernel at a relative distance of {found.distance[name]:.5f}")
+
+    def measure(model: str, width: int, seed: int) -> dict[str, Any]:
+        net = feature_map(model, match, X.shape[1], width, torch.Generator().manual_seed(seed))
+        rates = read_out(net, splits["train"], splits["validation"], splits["test"], len(data.classes))
+        return {**rates, "kernel distance": kernel_distance(net, X, found.kernels[model])}
+
     results = []
-    for width in widths:
-        for seed in range(seeds):
-            for model in MODELS:
-                path = folder / f"{model}-width-{width}-seed-{seed}.json"
-                if not path.is_file():
-                    generator = torch.Generator().manual_seed(seed)
-                    net = feature_map(model, match, splits["train"].X.shape[1], width, generator)
-                    measured = read_out(net, splits["train"], splits["validation"], splits["test"], len(data.classes))
-                    measured["kernel distance"] = kernel_distance(net, X, found.kernels[model])
-                    path.write_text(
-                        json.dumps({"model": model, "width": width, "seed": seed, **measured}, indent=1) + "\n"
-                    )
-                result = json.loads(path.read_text())
-                results.append(result)
-                write(
-                    f"{model}, width {width}, seed {seed}: test {result['test']:.2%}, "
-                    f"{1e6 * result['seconds per sample']:.0f} microseconds a sample"
-                )
-    (folder / "spectra.json").write_text(json.dumps(_as_lists(found)) + "\n")
-    facts = {**asdict(settings), "versions": f"perron {perron.__version__}, torch {torch.__version__}"}
-    page = write_kernels(folder / "report.html", results, found, match, facts)
+    folder = root / "kernels" / settings.folder
+    with study(folder, asdict(settings)):
+        for width, seed, model in itertools.product(widths, range(seeds), MODELS):
+            path = folder / f"{model}-width-{width}-seed-{seed}.json"
+            identity = {"model": model, "width": width, "seed": seed}
+            result = measured(path, identity, _KEYS, partial(measure, model, width, seed))
+            results.append(result)
+            write(
+                f"{model}, width {width}, seed {seed}: test {result['test']:.2%}, "
+                f"{1e6 * result['seconds per sample']:.0f} microseconds a sample"
+            )
+        write_json(folder / "spectra.json", {**_as_lists(found), "versions": versions()})
+        page = write_kernels(folder / "report.html", results, found, match, asdict(settings), versions())
     return f"{text_table(results, found)}\npage: {page}"
 
 

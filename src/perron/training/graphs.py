@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import perron
 from perron.data.graphs import GraphData, random_split, read_graph
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import Adjacency, Place
 from perron.report.propagation import text_table, write_propagation
 from perron.solvers import Auto
 from perron.structured import sparse_product
-from perron.training.run import UsageError
+from perron.training.records import UsageError, measured, study
 
 __all__ = ["PROPAGATIONS", "GraphNet", "GraphSettings", "fit_graph"]
 
@@ -31,6 +30,8 @@ PROPAGATIONS = ("pcdeq", "subdeq", "appnp", "none")
 # Of APPNP. The equilibrium gets small scores, for which the softplus that makes them positive is nearly linear, and gives
 # small ones back; both numbers were chosen by validation on one split of Cora.
 _STEPS, _GAIN, _SCALE = 10, 0.05, 100.0
+# What the table and the page are made of.
+_KEYS = ("test", "validation", "epochs", "history", "seconds", "evaluations", "certificate", "proven", "error")
 
 
 @dataclass(frozen=True)
@@ -120,37 +121,34 @@ def fit_graph(
     Raises:
         UsageError: an unknown model, or settings other than those of earlier results.
         DataError: the graph is missing or damaged.
+        BusyError: another process works in the same folder.
     """
     unknown = [p for p in propagations if p not in PROPAGATIONS]
     if unknown or not propagations or splits < 1:
         raise UsageError(f"choose models among {', '.join(PROPAGATIONS)}, and at least one split")
     data = read_graph(name, data_dir)
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "settings.json"
-    if kept.is_file() and json.loads(kept.read_text()) != asdict(settings):
-        raise UsageError(f"{folder} holds results with other settings; name another --runs folder, or delete it")
-    kept.write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    results: dict[str, list[dict[str, Any]]] = {p: [] for p in propagations}
-    for seed in range(splits):
-        for propagation in propagations:
-            path = folder / f"{propagation}-split-{seed}.json"
-            if not path.is_file():
-                found = _train(propagation, data, seed, settings)
-                path.write_text(json.dumps(found, indent=1) + "\n")
-            result = {"propagation": propagation, **json.loads(path.read_text())}
-            results[propagation].append(result)
-            write(
-                f"{name}, split {seed + 1}/{splits}, {propagation}: test {result['test']:.2%}, validation "
-                f"{result['validation']:.2%}, {result['epochs']} epochs, {result['seconds']:.0f} s"
-            )
-    facts = {
+    graph = {
         "nodes": f"{len(data.features):,}",
         "edges": f"{data.edge_index.shape[1] // 2:,}",
         "classes": data.classes,
-        "versions": f"perron {perron.__version__}, torch {torch.__version__}",
     }
-    page = write_propagation(folder / "report.html", name, results, asdict(settings), facts)
+    results: dict[str, list[dict[str, Any]]] = {p: [] for p in propagations}
+    with study(folder, {**asdict(settings), **graph}, graph):
+        for seed in range(splits):
+            for propagation in propagations:
+                result = measured(
+                    folder / f"{propagation}-split-{seed}.json",
+                    {"propagation": propagation, "split": seed},
+                    _KEYS,
+                    partial(_train, propagation, data, seed, settings),
+                )
+                results[propagation].append(result)
+                write(
+                    f"{name}, split {seed + 1}/{splits}, {propagation}: test {result['test']:.2%}, validation "
+                    f"{result['validation']:.2%}, {result['epochs']} epochs, {result['seconds']:.0f} s"
+                )
+        page = write_propagation(folder / "report.html", name, results, asdict(settings), graph)
     return f"{text_table(results)}\npage: {page}"
 
 
