@@ -11,12 +11,12 @@ sample's true error is at most 1e-4: a tolerance that nobody knows beforehand. `
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from perron._files import write_json
 from perron.cells import Activate, Inject, trace
 from perron.nn import Equilibrium
 from perron.solvers import Auto, Picard
@@ -107,8 +107,7 @@ def main() -> None:
             f"{row['largest_true_error']:12.1e}{row['bound_over_true_error']:12.2f}"
         )
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ centered and with unit norm. Third: seconds and memory for many samples.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import resource
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perron._files import write_json
 from perron.kernels import (
     GaussianMixture,
     MixtureSample,
@@ -160,7 +160,7 @@ def main() -> None:
         )
     if options.output:
         found = {"dimensions": dimensions, "convergence": table, "matches": matches, "large": rows}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.output, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
+from perron._files import write_json
 from perron.data import Digits
 from perron.kernels import Process, implicit_ck
 from perron.kernels.readout import normalised
@@ -134,7 +134,7 @@ def main() -> None:
     for rows in results.values():
         table(rows)
     if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.output, results)
 
 
 if __name__ == "__main__":

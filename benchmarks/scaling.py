@@ -10,7 +10,6 @@ the steps it is that of a solve forced to 10, 100 and 1,000 of them, beside the 
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from speed import Case, Perron, Rival, floor, interleaved, make_case, peak_memory
 from torch import Tensor, nn
 
+from perron._files import write_json
 from perron.nn import PositiveConcaveLinear
 from perron.solvers import Auto, Picard
 
@@ -95,8 +95,7 @@ def main() -> None:
             shown = {k: {m: round(v, 2) for m, v in row[k].items()} for k in ("ms", "mib") if k in row}
             print(f"{name} {size}: {shown}")
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

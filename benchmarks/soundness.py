@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from perron._files import write_json
 from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, Inject, trace
 from perron.certificates import derive
@@ -142,8 +143,7 @@ def main() -> int:
     result = measure(arguments.samples, arguments.seed, solver=arguments.solver)
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
     return int(bool(result["misses"] or result["bound_below_error"]))
 
 

@@ -21,7 +21,6 @@ Cases that the output has already stay there unless they are measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -38,6 +37,7 @@ import torch.nn.functional as F
 from rivals import RIVALS, Cell, counts
 from torch import Tensor, nn
 
+from perron._files import read_json, write_json
 from perron.cells import Activate, Inject
 from perron.nn import Equilibrium
 from perron.solvers import Anderson, Auto, Broyden, Compiled, MonotoneNewton, Picard
@@ -385,6 +385,17 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def kept_results(output: Path, how: dict[str, Any], *, needed: bool) -> list[dict[str, Any]]:
+    """Earlier results for the same table, which must have been measured alike; else it begins anew, unless they are needed."""
+    found = read_json(output) or {}
+    other = [name for name in how if found.get(name) != how[name]]
+    if other and needed and output.exists():
+        sys.exit(
+            f"{output} is damaged, or was measured with another {', '.join(other)}: name another, or leave nothing out"
+        )
+    return [] if other else found["results"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -399,7 +410,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     cases = [c for c in grid(arguments.full) if arguments.only in named(*c)]
     output: Path | None = arguments.output
-    kept = json.loads(output.read_text())["results"] if output and output.exists() else []
+    how = {
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "target": TARGET,
+    }
+    kept = kept_results(output, how, needed=bool(arguments.missing or arguments.only)) if output else []
     if arguments.missing:
         cases = [c for c in cases if named(*c) not in {r["case"] for r in kept}]
     order = [named(*c) for c in grid(True)]
@@ -414,15 +431,8 @@ def main() -> None:
         if output:
             measured = {r["case"] for r in results}
             every = results + [r for r in kept if r["case"] not in measured]
-            record = {
-                "threads": arguments.threads,
-                "torch": torch.__version__,
-                "machine": platform.machine(),
-                "target": TARGET,
-                "results": sorted(every, key=lambda r: order.index(r["case"])),
-            }
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            record = {**how, "results": sorted(every, key=lambda r: order.index(r["case"]))}
+            write_json(output, record)
     print(table(results))
 
 

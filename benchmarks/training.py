@@ -11,7 +11,6 @@ backward tolerance likewise (see speed.py). Perron proves every enclosure while 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -25,6 +24,7 @@ from rivals import Cell, hook
 from speed import TARGET, Case, Perron, Rival, _accelerated, _neumann
 from torch import Tensor, nn
 
+from perron._files import write_json
 from perron.data import MNIST, Digits, ImageData
 from perron.models import PositiveConcaveLinearNet
 from perron.nn import PositiveConcaveLinear
@@ -132,8 +132,7 @@ def main() -> None:
     for name in ("Auto", "Compiled"):
         print(f"hook/{name}: {fastest['hook'] / fastest[name]:.2f}x")
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from perron._files import write_json
 from perron.cells import Activate, Chain, Inject, Normalize, trace
 from perron.constraints import BoundedRows, MonotoneOperator
 from perron.nn import Equilibrium
@@ -147,8 +148,7 @@ def main() -> int:
     result = measure(arguments.maps, arguments.seed)
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"seed": arguments.seed, **result}, indent=2) + "\n")
+        write_json(arguments.output, {"seed": arguments.seed, **result})
     return int(any(r.get("false certificates", 0) for r in result.values()))
 
 

@@ -211,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"perron: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("perron: interrupted; continue with `perron fit ... --resume`", file=sys.stderr)
+        study = arguments.command in ("compare", "kernels") or arguments.target in GRAPHS
+        how = "the same command goes on" if study else "a fit goes on with `perron fit ... --resume`"
+        print(f"perron: interrupted; {how}", file=sys.stderr)
         return 130
     return 0
 

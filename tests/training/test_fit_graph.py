@@ -83,3 +83,14 @@ def test_misuse(tmp_path, capsys) -> None:
     assert "| appnp |" in capsys.readouterr().out
     assert main(["fit", "cora", "--runs", str(tmp_path / "s"), "--data-dir", str(tmp_path / "nowhere")]) == 2
     assert "planetoid-cora.npz" in capsys.readouterr().err
+
+
+def test_an_interrupted_study_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    write_graph(tmp_path, "cora", nodes=60)
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perron.training.graphs._train", stop)
+    assert main(["fit", "cora", "--runs", str(tmp_path), "--data-dir", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
