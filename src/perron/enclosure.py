@@ -89,7 +89,8 @@ def chord(gain: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     u, tiny = unit_roundoff(gain.dtype), torch.finfo(gain.dtype).tiny
     # What underflow may have added to a gain or taken from a loss is far below the smallest normal number.
     ratio = (gain - tiny).clamp_min_(0).div_(loss.clamp_min(0).add_(tiny))
-    r = per_sample(amin(ratio) * (1 - 2048 * u), gain).clamp_max(1 / u**2)
+    # A ratio below that number has not the digits either, and counts as none.
+    r = per_sample((amin(ratio) * (1 - 2048 * u) - tiny).clamp(0, 1 / u**2), gain)
     return chord_weights(r)
 
 
@@ -171,7 +172,8 @@ def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     value = value.to(lower.dtype)
     gap = torch.maximum(upper - value, value - lower)
     # z* >= lower; a difference of floating-point numbers and a quotient are each rounded once, subnormal ones included.
-    bound = amax(torch.where(gap > 0, gap / lower, gap)) * (1 + 8 * unit_roundoff(lower.dtype))
+    share = (gap / lower).clamp_min(torch.finfo(lower.dtype).tiny)
+    bound = amax(torch.where(gap > 0, share, gap)) * (1 + 8 * unit_roundoff(lower.dtype))
     # Without a positive lower bound there is no relative one, unless nothing is between them. NaN compares false.
     return torch.where((amin(lower) > 0) & (bound >= 0) | (bound == 0), bound, torch.inf)
 

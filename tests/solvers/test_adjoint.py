@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
-from perron.cells import Chain, trace
-from perron.nn import PositiveConcaveLinear
+from perron.cells import Activate, Chain, Inject, trace
+from perron.nn import Equilibrium, PositiveConcaveLinear
 from perron.solvers import Auto
 from perron.solvers.adjoint import _MonotoneProof, _Proof, _SignedProof
-from problems import dense_layer
+from problems import dense_layer, truth
 
 
 def one(value: float) -> torch.Tensor:
@@ -77,6 +78,24 @@ def test_nothing_is_certified_of_products_below_the_range() -> None:
     )
     nothing = torch.zeros_like(v)
     assert _Proof(chain, b, (z, z), None).finish(z, nothing, nothing)[2].item() == 0
+
+
+def test_cells_without_plain_sums_have_their_slopes_from_the_value_throughout() -> None:
+    """Grouped convolutions in float32 have none. z = 1 - exp(-1.5 z - b), and the enclosure is as wide as tol."""
+    convolution = nn.Conv1d(2, 2, 1, groups=2, bias=False)
+    nn.init.constant_(convolution.weight, 1.5)
+    layer = Equilibrium(nn.Sequential(convolution, Inject(), Activate("one_minus_exp")))
+    b = torch.full((1, 2, 1), 0.5, requires_grad=True)
+    exact = truth(layer, b)
+    adjoint = 1 / (1 - 1.5 * (1 - exact))
+    for tol in (0.1, 1e-2, 1e-4):
+        layer.solver = Auto(tol=tol)
+        for factor in (0.5, 0.95, 0.999, 1.05, 2.0):
+            g = torch.autograd.grad(layer(b, z0=factor * exact.float()).sum(), b)[0]
+            # The gradient of b is D g.
+            found = (g / (1 - layer.last_solution.value)).double()
+            error = float(((found - adjoint).abs() / found).max())
+            assert error <= float(layer.last_solution.adjoint.error_bound) + 1e-6
 
 
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16])

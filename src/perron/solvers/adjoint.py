@@ -265,17 +265,18 @@ class _Proof:
         lower, upper = bounds
         # The weights need three digits; a float32 product gives them if its sums are plain.
         plain = chain.plainly()
-        by_value = chain.linearize_at_fixed_point(lower, "upper") if plain is not None else None
-        if by_value is not None and plain is not None:
-            steep = replace(by_value, steps=plain.steps)
-            self.rounding = 4 * gamma(count, lower.dtype)
+        start = lower if plain is not None else lower.double()
+        # Slopes come from the value here if they do in `finish`: an enclosure of z* is wider than that of f(z*).
+        by_value = (chain if plain is not None else self.exact).linearize_at_fixed_point(start, "upper")
+        if by_value is None:
+            start = lower.double()
+            steep = self.exact.linearize_steps(start, injection.double(), "upper")
         else:
-            steep = self.exact.linearize_steps(lower.double(), injection.double(), "upper")
-            self.rounding = 4 * gamma(count, torch.float64)
-        start = lower.to(lower.dtype if by_value is not None else torch.float64)
-        if model is not None and by_value is not None:
-            # The Perron vector of D r c^T.
-            start = steep.slope * model.rows.view_as(lower[:1])
+            steep = by_value if plain is None else replace(by_value, steps=plain.steps)
+            if model is not None:
+                # The Perron vector of D r c^T.
+                start = steep.slope * model.rows.view_as(lower[:1])
+        self.rounding = 4 * gamma(count, start.dtype)
         weights, image, kappa = _weights(steep, start, self.rounding, fixed)
         self.weights, self.kappa = weights.double(), kappa.double()
         slope = None if by_value is None else steep.slope.double()
