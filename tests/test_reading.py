@@ -1,5 +1,6 @@
 """Everything that proves reads modules in one way, and refuses, with its path, what it cannot know."""
 
+import copy
 import functools
 
 import pytest
@@ -224,6 +225,13 @@ def test_only_torchs_own_class_of_a_parametrised_module_is_looked_beneath() -> N
     )
     with pytest.raises(Refusal, match="not torch's own class"):
         reading.kind(linear, "here")
+
+
+def test_copies_of_parametrised_layers_keep_their_certificates_and_so_do_the_layers() -> None:
+    layer = PositiveConcaveLinear(3, 4)
+    for twin in (copy.deepcopy(layer), copy.copy(layer)):
+        assert layer.certificate()
+        assert twin.certificate()
 
 
 def test_global_hooks_are_refused() -> None:

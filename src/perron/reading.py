@@ -142,7 +142,9 @@ def _is_patched(cls: Any) -> bool:
 
 def _check_parametrised(module: nn.Module, path: str) -> None:
     """Refuse a class beneath which torch's own parametrisation is not all there is, and hooks on parametrisations."""
-    added = {name: value for name, value in vars(type(module)).items() if name not in ("__module__", "__doc__")}
+    # Copying leaves __slotnames__ on a class.
+    known = ("__module__", "__doc__", "__slotnames__")
+    added = {name: value for name, value in vars(type(module)).items() if name not in known}
     functions = [value.fget if isinstance(value, property) else value for value in added.values()]
     if any(getattr(f, "__globals__", None) is not vars(parametrize) for f in functions):
         raise Refusal(f"{path} is a {type(module).__name__}, which is not torch's own class of a parametrised module")
