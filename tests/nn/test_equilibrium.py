@@ -188,6 +188,20 @@ def test_vmap_solves_as_many_systems() -> None:
         torch.testing.assert_close(loss[k], one, rtol=1e-3, atol=1e-4)
 
 
+def test_a_compiled_network_with_an_unread_cell() -> None:
+    torch._dynamo.reset()
+    layer = Equilibrium(Mean(scale=0.3), injection="free")
+    net = nn.Sequential(nn.Linear(4, 8), layer)
+    x = torch.randn(3, 4)
+    gradients = []
+    for model in (net, torch.compile(net, backend="eager")):
+        net.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- declared independent
 
 
@@ -429,6 +443,10 @@ def test_buffers_count_for_the_precision() -> None:
     assert layer.to(torch.float64)(x.double()).dtype == torch.float64
     assert layer(x).dtype == torch.float64
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    layer = Equilibrium(Normalised(), injection="free", solver=Auto(on_failure="ignore")).to(torch.bfloat16)
+    layer(x.bfloat16()).float().sum().backward()
+    assert int(layer.cell.norm.num_batches_tracked) == 1
+    assert layer.cell.linear.weight.grad.dtype == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------------------- starts
@@ -472,6 +490,13 @@ def test_a_start_outside_of_the_domain_is_named() -> None:
     with pytest.warns(ConvergenceWarning, match="not finite where the solve starts.*z0="):
         layer.solve(torch.zeros(2, 3))
     assert Equilibrium(layer.cell, injection="free", z0=1.0).solve(torch.zeros(2, 3)).converged.all()
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    x = torch.zeros(2, 3)
+    x[1, 1] = torch.nan
+    with pytest.warns(ConvergenceWarning, match="injections are not finite"):
+        assert not Equilibrium(Mean(3), injection="free").solve(x).converged.any()
 
 
 def test_starts() -> None:

@@ -92,6 +92,24 @@ def test_gradients_match_finite_differences_through_the_fixed_point(name: str, k
     assert torch.autograd.gradcheck(value, parameters, eps=1e-6, atol=1e-5, rtol=1e-4)
 
 
+def test_penalties_of_an_unread_cell_are_those_of_the_whole_batch():
+    torch.manual_seed(0)
+    w = torch.randn(3, 3, dtype=torch.float64) / 6
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ w + 2 * z.flip(0) @ w + x)
+
+    layer = Equilibrium(cell, injection="free", solver=TIGHT)
+    (state,) = _states(layer, torch.randn(4, 3, dtype=torch.float64))
+    jacobian = torch.func.jacrev(lambda v: cell(v.view(4, 3), state.injection[0]).flatten())(
+        state.value.detach().flatten()
+    )
+    radius = torch.linalg.eigvals(jacobian).abs().max()
+    assert torch.allclose(penalties.residual_ratio(state, burn_in=200, steps=50), radius, rtol=1e-2)
+    found = penalties.jacobian(state, samples=4000, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(found, jacobian.square().sum() / 12, rtol=0.05)
+
+
 def test_penalty_shares_the_adjoint_of_the_loss():
     layer = _layer()
     with penalties.observe(layer) as states:

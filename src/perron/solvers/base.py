@@ -404,7 +404,9 @@ def _stuck(problem: FixedPointProblem, start: Tensor, solution: Solution) -> tup
 def _explain(problem: FixedPointProblem, start: Tensor, solution: Solution, stuck: Tensor) -> str:
     """What can be said of why an unread cell was not solved."""
     found = []
-    if bool(stuck.any()):
+    if not bool(problem.injection.isfinite().all()):
+        found.append("some injections are not finite")
+    elif bool(stuck.any()):
         found.append(
             "some samples only stayed where they started, a fixed point from near which f leads away: a trivial one. "
             "Start elsewhere, with z0="
