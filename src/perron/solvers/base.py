@@ -121,10 +121,9 @@ class Solution:
 
     def of_samples(self, batch: int) -> Solution:
         """Of systems of so many samples each: every sample carries what is known of its system."""
-        parts: dict[str, Any] = {
-            k: v.repeat_interleave(batch, 0) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        return replace(self, **{**parts, "value": self.value.flatten(0, 1)})
+        each = ("steps", "residual", "error_bound", "rate", "converged", "proven")
+        parts: dict[str, Any] = {name: getattr(self, name).repeat_interleave(batch) for name in each}
+        return replace(self, value=self.value.flatten(0, 1), lower=None, upper=None, **parts)
 
     @classmethod
     def joined(cls, parts: list[Solution]) -> Solution:
