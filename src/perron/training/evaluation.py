@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perron.certificates import certify
 from perron.report.tables import at_most
 from perron.solvers import IterativeSolver, Picard, Solver
-from perron.training.module import equilibrium_layers, spectral_radius
+from perron.training.module import certified_errors, equilibrium_layers, spectral_radius
 
 __all__ = ["evaluate"]
 
@@ -77,12 +77,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
                 s = layer.last_solution
                 assert s is not None
                 store = collected[name]
-                store["error"].append(s.error_bound.double().cpu())
+                errors = certified_errors(s).double().cpu()
+                store["error"].append(errors)
                 store["steps"].append(s.steps.double().cpu())
                 if s.lower is not None and s.upper is not None:
                     store["width"].append(((s.upper - s.lower) / s.lower).flatten(1).median(1).values.double().cpu())
-                proven += int(s.error_bound.isfinite().sum())
-                total += len(s.error_bound)
+                proven += int(errors.isfinite().sum())
+                total += len(errors)
         full = int(confusion.diag().sum()) / max(int(confusion.sum()), 1)
     depth = {}
     for cut in CUTS:

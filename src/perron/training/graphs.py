@@ -21,6 +21,7 @@ from perron.nn.graph import Adjacency, Place
 from perron.report.propagation import text_table, write_propagation
 from perron.solvers import Auto
 from perron.structured import sparse_product
+from perron.training.module import certified_errors
 from perron.training.records import UsageError, measured, study
 
 __all__ = ["PROPAGATIONS", "GraphNet", "GraphSettings", "fit_graph"]
@@ -195,7 +196,7 @@ def _train(propagation: str, data: GraphData, seed: int, settings: GraphSettings
         "evaluations": None if solution is None else float(solution.steps.double().mean()),
         "certificate": None if layer is None else layer.certificate().kind,
         "proven": None if solution is None else bool(solution.proven.all()),
-        "error": None if solution is None else float(solution.error_bound.max()),
+        "error": None if solution is None else float(certified_errors(solution).max()),
     }
 
 

@@ -20,7 +20,7 @@ from perron.nn import Equilibrium
 from perron.nn.penalties import PENALTIES, State, observe
 from perron.solvers import IterativeSolver, Solution
 
-__all__ = ["Classifier", "Penalty", "Schedule", "equilibrium_layers", "spectral_radius"]
+__all__ = ["Classifier", "Penalty", "Schedule", "certified_errors", "equilibrium_layers", "spectral_radius"]
 
 Penalty = Literal["jacobian", "residual_ratio", "picard_steps"]
 Schedule = Literal["one_cycle", "cosine"]
@@ -68,6 +68,12 @@ class _OfEpoch(Metric):
             return values.max()
         weights = torch.tensor(self.sizes, dtype=torch.float32, device=values.device)
         return (values * weights).sum() / weights.sum()
+
+
+def certified_errors(solution: Solution) -> Tensor:
+    """(batch,) its error bounds where they are proven, inf where they are not."""
+    proven = solution.proven if solution.precision is not None else torch.zeros_like(solution.proven)
+    return torch.where(proven, solution.error_bound, torch.inf)
 
 
 class Classifier(L.LightningModule):
@@ -164,8 +170,10 @@ class Classifier(L.LightningModule):
         adjoints = [s.adjoint for s in self._solutions() if s.adjoint]
         if adjoints:
             steps = torch.stack([a.steps.float().mean() for a in adjoints]).sum()
-            error = torch.stack([a.error_bound.max() for a in adjoints]).max().float()
-            self._note({"backward_steps": steps, "adjoint_error_bound": error})
+            self._note({"backward_steps": steps})
+            if bounded := [a for a in adjoints if a.bounded]:
+                error = torch.stack([a.error_bound.max() for a in bounded]).max().float()
+                self._note({"adjoint_error_bound": error})
 
     def _note(self, values: dict[str, Tensor]) -> None:
         """Keep the values of a training step for its epoch."""
@@ -187,14 +195,14 @@ class Classifier(L.LightningModule):
         return [s for _, layer in equilibrium_layers(self.model) if (s := layer.last_solution) is not None]
 
     def _forward_facts(self) -> dict[str, Tensor]:
-        """Evaluations of f per sample, all layers together, and the largest certified error."""
+        """Evaluations of f per sample, all layers together, and the largest certified error where proofs were wanted."""
         solutions = self._solutions()
-        if not solutions:
-            return {}
-        return {
-            "forward_steps": torch.stack([s.steps.float().mean() for s in solutions]).sum(),
-            "error_bound": torch.stack([s.error_bound.max() for s in solutions]).max().float(),
-        }
+        facts = {}
+        if solutions:
+            facts["forward_steps"] = torch.stack([s.steps.float().mean() for s in solutions]).sum()
+        if proved := [s for s in solutions if s.precision is not None]:
+            facts["error_bound"] = torch.stack([certified_errors(s).max() for s in proved]).max().float()
+        return facts
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._evaluate(batch, "val")

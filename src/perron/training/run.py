@@ -380,7 +380,8 @@ def _line(split: str, result: dict[str, Any]) -> str:
 
 
 def validate(loaded: Loaded) -> str:
-    return _line("validation", _evaluate(loaded, "validation"))
+    line = _line("validation", _evaluate(loaded, "validation"))
+    return f"{line}\nkept in {loaded.folder / 'evaluation-validation.json'}"
 
 
 def test(loaded: Loaded) -> str:
