@@ -1,19 +1,22 @@
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
 import perron
 from perron.activations import ACTIVATIONS, Activation
-from perron.cells import Activate, Inject
-from perron.certificates import certify, spectral_radius_bound
+from perron.affine import DenseStep, Refusal
+from perron.cells import Activate, ActivationStep, Chain, Inject, InjectStep, VariationalDropout
+from perron.certificates import certify, contracting, derive, spectral_radius_bound
 from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
+from perron.structured import DiagonalLowRank, SparseLinear
 from problems import dense_layer
 
 
@@ -240,3 +243,274 @@ def test_a_refusal_names_the_nearest_rule_with_its_number_and_no_other() -> None
     refusal = str(certify(nn.Sequential(nn.Tanh(), linear, nn.Tanh(), linear, Inject())).refusal)
     assert "row sums times largest slopes are 3.0625" in refusal
     assert not any(word in refusal for word in ("spectral radius", "degree", "eigenvalues"))
+
+
+# ------------------------------------------------------------------------------------------------ at the edge of radius 1
+
+
+def relu_cell(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*modules, Inject(), Activate("relu"))
+
+
+def assign(module: nn.Module, **weights: torch.Tensor) -> nn.Module:
+    for name, weight in weights.items():
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    return module
+
+
+def below_one(rows: list[list[Fraction]]) -> bool:
+    """Whether a nonnegative matrix A has spectral radius below 1: all leading minors of I - A are positive, exactly."""
+    a = [[Fraction(i == j) - x for j, x in enumerate(row)] for i, row in enumerate(rows)]
+    for k in range(len(a)):
+        if a[k][k] <= 0:
+            return False
+        for i in range(k + 1, len(a)):
+            share = a[i][k] / a[k][k]
+            a[i] = [x - share * y for x, y in zip(a[i], a[k], strict=True)]
+    return True
+
+
+def fractions(weight: torch.Tensor) -> list[list[Fraction]]:
+    return [[Fraction(x) for x in row] for row in weight.tolist()]
+
+
+def near_critical(seed: int, n: int, dtype: torch.dtype, gap: float) -> tuple[nn.Sequential, list[list[Fraction]]]:
+    """A random relu cell of some structure, its radius about 1 - gap, and the matrix whose radius it is."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.05 + torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def scaled(weight: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        return weight * (1 - gap) / torch.linalg.eigvals(by).abs().max()
+
+    kind = seed % 4
+    if kind == 0:
+        weight = draw(n, n)
+        linear = assign(nn.Linear(n, n, bias=False), weight=scaled(weight, weight).to(dtype))
+        return relu_cell(linear), fractions(linear.weight)
+    if kind == 1:
+        diagonal, left, right = draw(n), draw(n, 7), draw(n, 7)
+        dense = torch.diag(diagonal) + left @ right.t()
+        low = DiagonalLowRank(n, 7)
+        assign(
+            low, diagonal=scaled(diagonal, dense).to(dtype), left=scaled(left, dense).to(dtype), right=right.to(dtype)
+        )
+        rows = [
+            [
+                sum((Fraction(a) * Fraction(b) for a, b in zip(x, y, strict=True)), Fraction(0))
+                + (Fraction(low.diagonal[i].item()) if i == j else 0)
+                for j, y in enumerate(low.right.tolist())
+            ]
+            for i, x in enumerate(low.left.tolist())
+        ]
+        return relu_cell(low), rows
+    if kind == 2:
+        weight = draw(n, n, 3, 3)
+        conv = assign(nn.Conv2d(n, n, 3, padding=1, bias=False), weight=scaled(weight, weight.sum((2, 3))).to(dtype))
+        return relu_cell(conv), [
+            [sum((Fraction(x) for x in taps.flatten().tolist()), Fraction(0)) for taps in row] for row in conv.weight
+        ]
+    edges = torch.cartesian_prod(torch.arange(n), torch.arange(n)).t()
+    values = draw(n * n)
+    sparse = assign(SparseLinear(edges, n), weight=scaled(values, values.view(n, n)).to(dtype))
+    return relu_cell(sparse), fractions(sparse.weight.view(n, n))
+
+
+@settings(max_examples=120)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 1e-12, -1e-12, 1e-9, 3e-8, -3e-8, 1e-7]),
+)
+def test_no_certificate_from_radius_1_on_and_one_right_below(seed: int, n: int, dtype: torch.dtype, gap: float) -> None:
+    """Against exact rational arithmetic on the very weights."""
+    cell, matrix = near_critical(seed, n, dtype, gap)
+    certificate = certify(cell)
+    if not below_one(matrix):
+        assert not certificate, str(certificate)
+    if below_one([[x * (1 + Fraction(1, 10**11)) for x in row] for row in matrix]):
+        assert certificate, str(certificate)
+
+
+def test_radii_that_single_precision_does_not_see() -> None:
+    row = torch.tensor([0.029541015625, 0.083984375, 0.029541015625], dtype=torch.bfloat16)
+    conv = assign(nn.Conv1d(7, 7, 3, padding=1, bias=False), weight=row.expand(7, 7, 3).clone())
+    assert not certify(relu_cell(conv)), "every row sums to 1.00146"
+    # Nine taps of exact sum 1 + 2.9e-8, which rounds to 1 - 6e-8 in some order.
+    taps = torch.tensor([0.1249999925494194, 0.0625, 0.1249999925494194, 0.0625], dtype=torch.float32)
+    rest = 1 + 2.9e-8 - 2 * float(taps.double().sum())
+    kernel = torch.cat([taps, torch.tensor([rest], dtype=torch.float32), taps.flip(0)]).view(1, 1, 9)
+    exact = sum(Fraction(x) for x in kernel.flatten().tolist())
+    conv = assign(nn.Conv1d(1, 1, 9, padding=4, bias=False), weight=kernel)
+    assert bool(certify(relu_cell(conv))) == (exact < 1)
+    certificate = certify(relu_cell(assign(nn.Linear(1, 1, bias=False), weight=torch.tensor([[1 - 2**-24]]))))
+    assert "1 - 5.96e-08 < 1" in str(certificate)
+
+
+def test_products_that_underflow_on_the_way_are_not_lost() -> None:
+    """1e-200 * 1e-200 * 1e300 * 1e100 is 1: neither a radius nor a gain below it."""
+    scales = (1e-200, 1e-200, 1e300, 1e100)
+    maps = [assign(nn.Linear(1, 1, bias=False), weight=torch.tensor([[s]], dtype=torch.float64)) for s in scales]
+    assert not certify(relu_cell(*maps))
+    assert not certify(nn.Sequential(*maps, Inject()))
+
+
+def test_maps_along_different_sides_of_an_image() -> None:
+    """The product of their matrices is 0 or nilpotent, and the map itself has radius 4 and 4/3."""
+    channels = assign(nn.Conv1d(2, 2, 1, bias=False), weight=torch.diag(torch.tensor([2.0, 0.0])).unsqueeze(2))
+    along = assign(nn.Linear(2, 2, bias=False), weight=torch.diag(torch.tensor([0.0, 2.0])))
+    assert not certify(relu_cell(channels, along))
+    shift = assign(nn.Linear(2, 2, bias=False), weight=torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
+    assert not certify(relu_cell(shift, nn.AvgPool1d(3, 1, 1)))
+
+
+# ------------------------------------------------------------------------------------------- what is no map at all
+
+
+def bounded(*modules: nn.Module) -> nn.Sequential:
+    cell = nn.Sequential(*modules, Inject(), nn.Tanh())
+    for p in cell.parameters():
+        if p.dtype in (torch.float32, torch.float64) and p.layout == torch.strided and not p.is_meta:
+            p.data = p.data.abs() + 1e-3
+    return cell
+
+
+NO_MAPS = {
+    "linear of another width": lambda: bounded(nn.Linear(2, 3)),
+    "two that do not fit": lambda: bounded(nn.Linear(2, 3), nn.Linear(2, 2)),
+    "injected at another width": lambda: nn.Sequential(
+        *bounded(nn.Linear(2, 3)), *bounded(nn.Linear(3, 2))[:1], nn.Tanh()
+    ),
+    "unpadded": lambda: bounded(nn.Conv2d(2, 2, 3)),
+    "padded too much": lambda: bounded(nn.Conv2d(2, 2, 3, padding=2)),
+    "strided": lambda: bounded(nn.Conv2d(2, 2, 3, stride=2, padding=1)),
+    "of other channels": lambda: bounded(nn.Conv1d(2, 4, 3, padding=1)),
+    "pooling": lambda: bounded(nn.Conv2d(2, 2, 3, padding=1), nn.AvgPool2d(2)),
+    "pooling that shrinks": lambda: bounded(nn.Conv2d(2, 2, 3, padding=1), nn.AvgPool2d(3, 1)),
+    "images of other dimensions": lambda: bounded(nn.Conv2d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1)),
+    "an assigned weight": lambda: bounded(assign(nn.Linear(3, 3), weight=torch.rand(2, 3))),
+    "an assigned vector": lambda: bounded(assign(nn.Linear(3, 3), weight=torch.rand(3))),
+    "an assigned bias": lambda: bounded(assign(nn.Linear(3, 3), bias=torch.rand(1))),
+    "an assigned kernel": lambda: bounded(assign(nn.Conv2d(2, 2, 3, padding=1), weight=torch.rand(2, 2, 3))),
+    "groups": lambda: bounded(assign(nn.Conv1d(4, 4, 3, padding=1, groups=2), weight=torch.rand(3, 2, 3))),
+    "a low rank": lambda: bounded(assign(DiagonalLowRank(3, 2), right=torch.rand(3, 1))),
+    "a diagonal that broadcasts": lambda: bounded(assign(DiagonalLowRank(3, 2), diagonal=torch.rand(1))),
+    "complex": lambda: bounded(assign(nn.Linear(3, 3, bias=False), weight=torch.rand(3, 3, dtype=torch.complex64))),
+    "integers": lambda: bounded(assign(nn.Linear(3, 3, bias=False), weight=torch.ones(3, 3, dtype=torch.int64))),
+    "meta": lambda: bounded(nn.Linear(3, 3, device="meta")),
+    "sparse layout": lambda: bounded(assign(nn.Linear(3, 3, bias=False), weight=torch.eye(3).to_sparse_csr())),
+    "quantised": lambda: bounded(
+        assign(nn.Linear(3, 3), weight=torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8))
+    ),
+    "two precisions": lambda: bounded(assign(nn.Linear(3, 3), weight=torch.ones(3, 3).double())),
+}
+
+
+@pytest.mark.parametrize("name", NO_MAPS)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_what_maps_no_space_into_itself_is_refused(name: str, activation: str) -> None:
+    cell = NO_MAPS[name]()
+    if activation == "relu":
+        cell = nn.Sequential(*[Activate("relu") if isinstance(m, nn.Tanh) else m for m in cell])
+    certificate = certify(cell)
+    assert not certificate
+    assert certificate.refusal
+    layer = Equilibrium(cell, injection="softplus")
+    assert not layer.certificate()
+    side = next((p.shape[1] for p in cell.parameters() if p.dim() > 1), 3)
+    image = any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in cell)
+    x = torch.rand(2, side, 4, 4) if image else torch.rand(2, side)
+    with pytest.raises(Refusal):
+        layer.solve(x)
+    with pytest.raises(Refusal):
+        layer(x)
+
+
+def test_sizes_may_change_on_the_way() -> None:
+    """Even kernels: one row more, and one less."""
+    cell = bounded(nn.Conv2d(2, 5, 2, padding=1), nn.Tanh(), nn.Conv2d(5, 2, 2))
+    assert certify(cell)
+    assert Equilibrium(cell, injection="softplus").solve(torch.rand(2, 2, 4, 4)).certified
+    assert certify(bounded(nn.Conv1d(2, 2, 4, padding="same"), nn.AvgPool1d(3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda: relu_cell(
+            *[
+                assign(nn.Linear(2, 2, bias=False), weight=1e200 * torch.ones(2, 2, dtype=torch.float64))
+                for _ in range(2)
+            ]
+        ),
+        lambda: relu_cell(assign(DiagonalLowRank(3, 1), left=torch.full((3, 1), 1e30), right=torch.full((3, 1), 1e30))),
+        lambda: relu_cell(assign(nn.Conv2d(2, 2, 3, padding=1), weight=torch.full((2, 2, 3, 3), 3e38))),
+        lambda: relu_cell(assign(nn.Linear(2, 2, bias=False), weight=1e308 * torch.ones(2, 2, dtype=torch.float64))),
+    ],
+)
+def test_overflow_is_a_refusal_and_no_error(cell) -> None:
+    cell = cell()
+    for module in cell.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias.data.zero_()
+    assert "spectral radius" in str(certify(cell).refusal)
+    layer = Equilibrium(cell, injection="softplus", solver=Picard(on_failure="ignore", max_steps=5))
+    assert not layer.certificate()
+    shape = (2, 2, 4, 4) if isinstance(cell[0], nn.Conv2d) else (2, 3 if isinstance(cell[0], DiagonalLowRank) else 2)
+    x = torch.rand(shape, dtype=next(cell.parameters()).dtype)
+    assert not layer.solve(x).certified
+
+
+# ----------------------------------------------------------------------------------------------------- unknown steps
+
+
+class Tenfold:
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        return 10 * v
+
+
+class TenfoldMatrix(DenseStep):
+    def apply(self, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return 10 * super().apply(v, bias)
+
+
+class TenfoldActivation(ActivationStep):
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        return 10 * self.activation(v)
+
+
+HALF = DenseStep((0.5 * torch.eye(2, dtype=torch.float64),), None)
+FOREIGN = {
+    "a class of its own": (HALF, Tenfold(), InjectStep(), ActivationStep(ACTIVATIONS["relu"])),
+    "a matrix": (TenfoldMatrix(HALF.weights, None), InjectStep(), ActivationStep(ACTIVATIONS["relu"])),
+    "an activation": (HALF, InjectStep(), TenfoldActivation(ACTIVATIONS["relu"])),
+    "facts": (
+        HALF,
+        InjectStep(),
+        ActivationStep(Activation("relu", lambda v: 10 * v, torch.ones_like, 0.0, 1.0, 0.0, 1.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_steps_that_nobody_knows_prove_nothing(name: str) -> None:
+    chain = Chain(FOREIGN[name])
+    for certificate in (certify(chain), derive(chain, positive_injection=True), contracting(chain)):
+        assert not certificate
+        assert certificate.refusal
+
+
+def test_two_injections_or_none_are_no_cell() -> None:
+    sigma = ActivationStep(ACTIVATIONS["tanh"])
+    assert certify(Chain((HALF, InjectStep(), sigma)))
+    assert not certify(Chain((HALF, sigma)))
+    assert not certify(Chain((HALF, InjectStep(), InjectStep(), sigma)))
+
+
+def test_a_mask_drawn_with_another_probability_counts_as_it_is() -> None:
+    dropout = VariationalDropout(0.75)
+    dropout.draw(torch.ones(4, 50))
+    dropout.p = 0.0625
+    assert float(dropout.step().row_sums()) >= 4

@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,19 @@ from perron.structured import (
 __all__ = [
     "AFFINE_MODULES",
     "AffineStep",
+    "ConvolutionStep",
     "DenseStep",
+    "DiagonalLowRankStep",
+    "MaskStep",
     "MonotoneConvolutionStep",
+    "PoolStep",
     "Refusal",
+    "SparseStep",
     "affine_step",
     "full_float32",
 ]
 
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Bytes of unfolded input that a plain convolution works on at a time: about a core's second-level cache.
 _PATCH_BYTES = 2**20
 # By these oneDNN lets every float32 product be computed in bfloat16.
@@ -84,8 +90,58 @@ class AffineStep(ABC):
         """A^T g, where A acts on tensors of `shape`."""
 
     @abstractmethod
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """What A takes and gives: "features" (the last dimension), "channels" (the second), "dimensions" with the batch.
+
+        What is not named may be anything, and stays as it is but for `growth`.
+
+        Raises:
+            Refusal: the tensors of this step do not fit each other.
+        """
+
+    def growth(self) -> tuple[int, ...]:
+        """What A adds to each side of an image, whatever its size.
+
+        Raises:
+            Refusal: that depends on the size.
+        """
+        return ()
+
+    @abstractmethod
+    def positive(self) -> bool:
+        """Whether A v > 0 for every v > 0, as far as can be told."""
+
+    @abstractmethod
+    def largest_row(self) -> Tensor:
+        """A scalar: the largest row sum of an A >= 0, with the rounding of at most `terms` + 8 operations."""
+
     def row_sums(self) -> Tensor:
-        """A scalar: a bound on the largest sum of a row of A."""
+        """A float64 scalar: at least the largest sum of |A_ij| over a row, of the very tensors, rounding included."""
+        found = self.exact().magnitude().largest_row()
+        return found * (1 + 2 * gamma(self.terms + 12, torch.float64))
+
+    def exact(self) -> AffineStep:
+        """The same step in float64, which holds every weight exactly: what bounds are computed from."""
+        return self.rebind([t.detach().double() for t in self.tensors])
+
+    def check_tensors(self) -> None:
+        """Raise Refusal unless the tensors hold real floating-point numbers in one precision, in memory."""
+        for t in self.tensors:
+            if t.device.type == "meta":
+                raise Refusal("a weight of the cell is on the meta device and has no values")
+            if t.layout != torch.strided:
+                raise Refusal(f"a weight of the cell has the layout {t.layout}; use perron.nn.SparseLinear")
+            if t.dtype not in _PRECISIONS:
+                raise Refusal(f"a weight of the cell is {t.dtype}; only real floating-point numbers are verified")
+
+    def check_bias(self, features: int) -> None:
+        """Raise Refusal where the bias would broadcast, or does not fit."""
+        if self.bias is not None and self.bias.shape != (features,):
+            raise Refusal(f"a bias of shape {tuple(self.bias.shape)} does not fit {features} outputs")
+
+    def underflow(self, dtype: torch.dtype) -> Tensor | float:
+        """What underflow adds at most to the error of an entry of A v + c, computed in this precision."""
+        return 2 * (self.terms + 2) * torch.finfo(dtype).tiny
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.apply(v, self.bias)
@@ -118,7 +174,7 @@ class AffineStep(ABC):
         radius = torch.maximum(upper - centre, centre - lower) * (1 + 1e-15)
         magnitude = self.magnitude()
         slack = 4 * gamma(self.terms + 8, lower.dtype) * magnitude(centre.abs() + radius)
-        spread = magnitude.linear(radius) + slack + 1e-300
+        spread = magnitude.linear(radius) + slack + self.underflow(lower.dtype)
         middle = self(centre)
         return middle - spread, middle + spread
 
@@ -159,13 +215,15 @@ class AffineStep(ABC):
         """The step for these samples only."""
         return self
 
-    def channels(self) -> Tensor | None:
-        """A's action on constants over space, (out, in), dense or CSR: its spectral radius bounds A's. None: unknown."""
-        return None
+    def channels(self) -> tuple[AffineStep, ...]:
+        """Steps on features, float64, whose product M bounds an A >= 0 on constants over space, w >= 0: A w <= M w.
 
-    def positive(self) -> bool:
-        """Whether A v > 0 for every v > 0, as far as can be told."""
-        return True
+        Each with at most `terms` + 2 roundings, those of its own weights included.
+
+        Raises:
+            Refusal: no such bound is known.
+        """
+        raise Refusal(f"the spectral radius of a {type(self).__name__} is not bounded here")
 
 
 @dataclass(frozen=True)
@@ -186,27 +244,43 @@ class DenseStep(AffineStep):
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
         return g @ self.weight
 
-    def row_sums(self) -> Tensor:
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        if self.weight.dim() != 2:
+            raise Refusal(f"a linear map needs a matrix, and its weight has shape {tuple(self.weight.shape)}")
+        self.check_bias(self.weight.shape[0])
+        return {"features": (self.weight.shape[1], self.weight.shape[0])}
+
+    def largest_row(self) -> Tensor:
         return _largest(self.weight.sum(1))
 
     def margin(self) -> float:
-        """From the eigenvalues of the symmetric part in float64, less a bound on their error.
+        """From the eigenvalues of S = I - (W + W^T)/2 in float64; a Cholesky factorisation proves them.
 
-        The backward error of the decomposition is some u |S|, and n^2 covers what depends on the size (Higham 2002, ch.
-        20, with room).
+        S is computed with an entrywise error of at most 2 u |S_ij|, since the diagonal of W + W^T is exact. A
+        factorisation of T = S - t I that ends has T + E = R^T R with |E_ij| <= g/(1 - g) sqrt(T_ii T_jj), g =
+        gamma(n + 1) (Higham 2002, theorem 10.3 and its proof), so T >= -g/(1 - g) tr(T), and t less that is a margin.
         """
         weight = self.weight.detach().double()
         n = len(weight)
         if weight.dim() != 2 or weight.shape[1] != n or n == 0 or not bool(torch.isfinite(weight).all()):
             return -math.inf
-        symmetric = torch.eye(n, dtype=torch.float64, device=weight.device) - (weight + weight.t()) / 2
-        if not bool(torch.isfinite(symmetric.norm())):
+        eye = torch.eye(n, dtype=torch.float64, device=weight.device)
+        symmetric = eye - (weight + weight.t()) / 2
+        size = float(symmetric.norm())
+        if not 0 < size < math.inf:
+            return 0.0 if size == 0 else -math.inf
+        t = float(torch.linalg.eigvalsh(symmetric)[0]) - (n * n + 16) * 2.0**-53 * size
+        shifted = symmetric - t * eye
+        if int(torch.linalg.cholesky_ex(shifted)[1]):
             return -math.inf
-        least = float(torch.linalg.eigvalsh(symmetric)[0])
-        return least - (n * n + 16) * 2.0**-53 * float(symmetric.norm())
+        # The subtraction of t rounds the diagonal once more; underflow is far below the last term.
+        trace = float(shifted.diagonal().sum())
+        return t - (2 * gamma(n + 4, torch.float64) * trace + 8 * 2.0**-53 * size + 1e-290)
 
     def norm(self) -> float:
-        return float(self.weight.detach().double().norm()) * (1 + gamma(self.weight.numel() + 8, torch.float64))
+        # Of Frobenius; squares that underflow add less than the last term.
+        found = float(self.weight.detach().double().norm())
+        return found * (1 + 2 * gamma(self.weight.numel() + 8, torch.float64)) + 1e-140
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         if v.dim() != 2:
@@ -216,8 +290,8 @@ class DenseStep(AffineStep):
     def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
         return () if self.bias is None else (y.flatten(0, -2).sum(0),)
 
-    def channels(self) -> Tensor | None:
-        return self.weight
+    def channels(self) -> tuple[AffineStep, ...]:
+        return (replace(self.exact(), bias=None),)
 
     def positive(self) -> bool:
         return bool((self.weight.amax(1) > 0).all()) if self.weight.numel() else False
@@ -228,11 +302,22 @@ class SparseStep(AffineStep):
     """A is a CSR matrix; `weights` holds its entries."""
 
     pattern: SparsePattern
-    longest_row: int
 
     @property
     def terms(self) -> int:
-        return self.longest_row
+        return self.pattern.longest_row
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        (values,) = self.weights
+        fault = self.pattern.fault()
+        if fault is None and values.shape != self.pattern.columns.shape:
+            fault = f"{tuple(values.shape)} values for {len(self.pattern.columns)} entries"
+        if fault is None and values.device != self.pattern.columns.device:
+            fault = f"values on {values.device}, indices on {self.pattern.columns.device}"
+        if fault is not None:
+            raise Refusal(f"the pattern of a sparse map is broken: {fault}")
+        self.check_bias(self.pattern.shape[0])
+        return {"features": (self.pattern.shape[1], self.pattern.shape[0])}
 
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
         y = sparse_product(self.pattern, self.weights[0], v)
@@ -241,14 +326,14 @@ class SparseStep(AffineStep):
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
         return sparse_product(self.pattern.t(), self.weights[0], g)
 
-    def row_sums(self) -> Tensor:
+    def largest_row(self) -> Tensor:
         return _largest(self._rows(self.weights[0]))
 
     def _rows(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.pattern.shape[0]).index_add_(0, self.pattern.row_of_entry(), values)
 
-    def channels(self) -> Tensor | None:
-        return self.pattern.matrix(self.weights[0])
+    def channels(self) -> tuple[AffineStep, ...]:
+        return (replace(self.exact(), bias=None),)
 
     def positive(self) -> bool:
         return bool((self._rows((self.weights[0] > 0).double()) > 0).all())
@@ -272,16 +357,28 @@ class DiagonalLowRankStep(AffineStep):
         diagonal, left, right = self.weights
         return g * diagonal + (g @ left) @ right.t()
 
-    def row_sums(self) -> Tensor:
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        shapes = [tuple(w.shape) for w in self.weights]
         diagonal, left, right = self.weights
-        return _largest(diagonal + left @ right.sum(0))
+        if diagonal.dim() != 1 or left.dim() != 2 or left.shape[0] != len(diagonal) or left.shape != right.shape:
+            raise Refusal(f"a diagonal, left and right factor of shapes {shapes} do not fit each other")
+        self.check_bias(len(diagonal))
+        return {"features": (len(diagonal), len(diagonal))}
 
-    def channels(self) -> Tensor | None:
+    def underflow(self, dtype: torch.dtype) -> Tensor | float:
+        # What R^T v loses passes through L.
+        left = self.weights[1].detach().double().abs()
+        return super().underflow(dtype) * (1 + 2 * _largest(left.sum(1)))
+
+    def largest_row(self) -> Tensor:
         diagonal, left, right = self.weights
-        return torch.diag(diagonal) + left @ right.t()
+        return _largest(diagonal + left @ right.sum(0)) + self.underflow(torch.float64)
+
+    def channels(self) -> tuple[AffineStep, ...]:
+        return (replace(self.exact(), bias=None),)
 
     def positive(self) -> bool:
-        diagonal, left, right = self.weights
+        diagonal, left, right = self.exact().weights
         return bool(((diagonal > 0) | (left @ right.sum(0) > 0)).all())
 
 
@@ -303,7 +400,30 @@ class ConvolutionStep(AffineStep):
     def terms(self) -> int:
         return self.weights[0][0].numel()
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        shape, dims = self.weights[0].shape, len(self.stride)
+        if (
+            len(shape) != dims + 2
+            or len(self.dilation) != dims
+            or not (isinstance(self.padding, str) or len(self.padding) == dims)
+        ):
+            raise Refusal(f"a kernel of shape {tuple(shape)} does not fit a convolution over {dims} dimensions")
+        if self.groups < 1 or shape[0] % self.groups:
+            raise Refusal(f"{shape[0]} output channels cannot be divided into {self.groups} groups")
+        self.check_bias(shape[0])
+        return {"channels": (shape[1] * self.groups, shape[0]), "dimensions": (dims + 2, dims + 2)}
+
+    def growth(self) -> tuple[int, ...]:
+        if set(self.stride) != {1}:
+            raise Refusal(f"a convolution of stride {self.stride} does not keep the size of every image")
+        return tuple(
+            sum(pads) - d * (k - 1) for pads, d, k in zip(self._pads(), self.dilation, self.kernel, strict=True)
+        )
+
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        if v.dim() != len(self.kernel) + 2:
+            # torch would take a batch without channels for one image of as many channels, and mix the samples.
+            raise ValueError(f"a convolution needs (batch, channels, ...), got a state of shape {tuple(v.shape)}")
         if self.unfolded:
             return self._unfold_and_multiply(v, bias)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
@@ -359,7 +479,7 @@ class ConvolutionStep(AffineStep):
         with torch.backends.cudnn.flags(enabled=not (g.is_cuda and g.dtype == torch.float64)):
             return transposed(g, self.weights[0], None, self.stride, self.padding, extra, self.groups, self.dilation)
 
-    def row_sums(self) -> Tensor:
+    def largest_row(self) -> Tensor:
         return _largest(self.weights[0].flatten(1).sum(1))
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -386,8 +506,10 @@ class ConvolutionStep(AffineStep):
         )
         return same and set(self.stride) == {1} and set(self.dilation) == {1} and self.groups == 1
 
-    def channels(self) -> Tensor | None:
-        return self.weights[0].flatten(2).sum(2) if self.groups == 1 and set(self.stride) == {1} else None
+    def channels(self) -> tuple[AffineStep, ...]:
+        if self.groups != 1 or set(self.stride) != {1}:
+            raise Refusal("the spectral radius of a grouped or strided convolution is not bounded here")
+        return (DenseStep((self.exact().weights[0].flatten(2).sum(2),), None),)
 
     def positive(self) -> bool:
         # The tap at `padding` meets an input pixel at every output pixel, the border included.
@@ -402,21 +524,29 @@ class ConvolutionStep(AffineStep):
 
 @dataclass(frozen=True)
 class MonotoneConvolutionStep(AffineStep):
-    """A = (1 - m) I - K^T K + L - L^T with circular convolutions, `weights` their kernels (K, L).
+    """A = c I - K^T K + S with circular convolutions, `weights` their kernels (K, S), of which S is antisymmetric.
 
     Attributes:
-        m: the margin, which this form has for all kernels.
+        identity: c, exact in the precision of the weights, so that every precision multiplies with the same number.
         unfolded: whether the convolutions are evaluated as plain matrix products.
-        absolute: whether it stands for |1 - m| I + |K|^T |K| + |L| + |L|^T instead, which bounds |A|.
+        absolute: whether it stands for |c| I + |K|^T |K| + |S| instead, which bounds |A|.
     """
 
-    m: float
+    identity: float
     unfolded: bool = False
     absolute: bool = False
 
     @property
     def terms(self) -> int:
         return 3 * self.weights[0][:1].numel() + 8
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        k, skew = self.weights
+        features = k.shape[1] if k.dim() == 4 else -1
+        odd = all(n % 2 == 1 for w in self.weights for n in w.shape[2:])
+        if k.dim() != 4 or skew.shape[:2] != (features, features) or skew.dim() != 4 or not odd:
+            raise Refusal(f"kernels of shapes {tuple(k.shape)} and {tuple(skew.shape)} are not those of this form")
+        return {"channels": (features, features), "dimensions": (4, 4)}
 
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
         return self._apply(v, 1)
@@ -425,15 +555,11 @@ class MonotoneConvolutionStep(AffineStep):
         return self._apply(g, -1)
 
     def _apply(self, v: Tensor, sign: int) -> Tensor:
-        k, skew = self.weights[0], sign * self._skew()
+        k, skew = self.weights
         symmetric = self._convolve(self._convolve(v, k), transposed_kernel(k))
         if self.absolute:
-            return abs(1 - self.m) * v + symmetric + self._convolve(v, skew.abs())
-        return (1 - self.m) * v - symmetric + self._convolve(v, skew)
-
-    def _skew(self) -> Tensor:
-        other = transposed_kernel(self.weights[1])
-        return self.weights[1] + other if self.absolute else self.weights[1] - other
+            return abs(self.identity) * v + symmetric + self._convolve(v, skew)
+        return self.identity * v - symmetric + sign * self._convolve(v, skew)
 
     def _convolve(self, v: Tensor, kernel: Tensor) -> Tensor:
         step = ConvolutionStep((kernel,), None, (1, 1), (0, 0), (1, 1), 1, self.unfolded)
@@ -446,26 +572,35 @@ class MonotoneConvolutionStep(AffineStep):
     def signs(self) -> None:
         return None
 
-    def row_sums(self) -> Tensor:
-        k, other = (w.detach().abs().flatten(2).sum(2) for w in self.weights)
-        ones = k.new_ones(len(k))
-        return _largest(k.t() @ (k @ ones) + (other + other.t()) @ ones) + abs(1 - self.m)
+    def positive(self) -> bool:
+        return False
+
+    def underflow(self, dtype: torch.dtype) -> Tensor | float:
+        # What K v loses passes through K^T.
+        back = _largest(self.weights[0].detach().double().abs().sum((0, 2, 3)))
+        return super().underflow(dtype) * (1 + 2 * back)
+
+    def largest_row(self) -> Tensor:
+        k, skew = (w.flatten(2).sum(2) for w in self.weights)
+        ones = k.new_ones(k.shape[1])
+        return _largest(k.t() @ (k @ ones) + skew @ ones) + abs(self.identity) + self.underflow(torch.float64)
 
     def margin(self) -> float:
-        # The module's margin may have been assigned since it was checked.
-        finite = math.isfinite(self.m) and all(bool(torch.isfinite(w).all()) for w in self.weights)
-        return self.m if finite else -math.inf
+        """v^T (I - A) v = (1 - c) |v|^2 + |K v|^2 - v^T S v, and the last is 0 for an S that is antisymmetric."""
+        k, skew = (w.detach() for w in self.weights)
+        finite = math.isfinite(self.identity) and bool(torch.isfinite(k).all() & torch.isfinite(skew).all())
+        if not finite or not torch.equal(skew, -transposed_kernel(skew)):
+            return -math.inf
+        return math.nextafter(1 - self.identity, -math.inf)
 
     def norm(self) -> float:
         # The bound of |A| is symmetric: its largest row sum bounds its norm.
-        exact = self.rebind([w.detach().double() for w in self.weights])
-        return float(exact.row_sums()) * (1 + gamma(self.terms + 8, torch.float64)) * (1 + 1e-12)
+        return float(self.row_sums())
 
     def frequencies(self, rows: int, columns: int) -> Tensor:
         """A on every Fourier mode of real (rows, columns) images: (rows, columns // 2 + 1, features, features)."""
-        k, other = (self._on_modes(w, rows, columns) for w in self.weights)
-        eye = (1 - self.m) * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-        return eye - k.mH @ k + other - other.mH
+        k, skew = (self._on_modes(w, rows, columns) for w in self.weights)
+        return self.identity * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - k.mH @ k + skew
 
     @staticmethod
     def _on_modes(kernel: Tensor, rows: int, columns: int) -> Tensor:
@@ -487,7 +622,11 @@ class MonotoneConvolutionStep(AffineStep):
 
 @dataclass(frozen=True)
 class MaskStep(AffineStep):
-    """A is diagonal, with entries from 0 to at most `scale`; `weights` holds the diagonal of every sample, (batch, ...)."""
+    """A is diagonal; `weights` holds the diagonal of every sample, (batch, ...).
+
+    Attributes:
+        scale: what the entries of every mask that may be drawn are at most.
+    """
 
     scale: float
 
@@ -505,9 +644,15 @@ class MaskStep(AffineStep):
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
         return self.apply(g, None)
 
-    def row_sums(self) -> Tensor:
-        # Of every mask, not of the one that was drawn.
-        return torch.full((), self.scale, dtype=torch.float64)
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def largest_row(self) -> Tensor:
+        # Of every mask, not only of the one that was drawn.
+        return _largest(self.weights[0]).double().clamp_min(self.scale)
+
+    def channels(self) -> tuple[AffineStep, ...]:
+        raise Refusal("the spectral radius under dropout is not bounded here")
 
     @property
     def per_sample(self) -> bool:
@@ -522,26 +667,46 @@ class MaskStep(AffineStep):
 
 @dataclass(frozen=True)
 class PoolStep(AffineStep):
-    """A averages over windows."""
+    """A averages over windows, with the arguments of torch's average pooling."""
 
-    pool: Callable[[Tensor], Tensor]
-    size: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+    count_include_pad: bool
 
     @property
     def terms(self) -> int:
-        return self.size
+        return math.prod(self.kernel)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {"dimensions": (len(self.kernel) + 2, len(self.kernel) + 2)}
+
+    def growth(self) -> tuple[int, ...]:
+        if set(self.stride) != {1}:
+            raise Refusal(f"a pooling of stride {self.stride} does not keep the size of every image")
+        return tuple(2 * p - (k - 1) for p, k in zip(self.padding, self.kernel, strict=True))
 
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
-        return self.pool(v)
+        pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
+        return pool(v, self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
 
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
-        return torch.func.vjp(self.pool, g.new_zeros((g.shape[0], *shape[1:])))[1](g)[0]
+        return torch.func.vjp(self.linear, g.new_zeros((g.shape[0], *shape[1:])))[1](g)[0]
 
     def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def row_sums(self) -> Tensor:
-        return torch.ones(())
+    def largest_row(self) -> Tensor:
+        return torch.ones((), dtype=torch.float64)
+
+    def channels(self) -> tuple[AffineStep, ...]:
+        # The identity on constants, or less at a border that counts.
+        return ()
+
+    def positive(self) -> bool:
+        # torch lets no window lie in the padding alone.
+        return True
 
 
 def _largest(sums: Tensor) -> Tensor:
@@ -558,7 +723,7 @@ def _linear(module: nn.Module) -> AffineStep:
 
 def _sparse(module: nn.Module) -> AffineStep:
     assert isinstance(module, SparseLinear)
-    return SparseStep((module.weight,), module.bias, module.pattern, module.longest_row)
+    return SparseStep((module.weight,), module.bias, module.pattern)
 
 
 def _diagonal_low_rank(module: nn.Module) -> AffineStep:
@@ -570,25 +735,38 @@ def _convolution(module: nn.Module) -> AffineStep:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if module.padding_mode != "zeros":
         raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
-    padding: tuple[int, ...] | str = module.padding  # type: ignore[assignment]
-    return ConvolutionStep((module.weight,), module.bias, module.stride, padding, module.dilation, module.groups)
+    dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[parametrize.type_before_parametrizations(module)]  # type: ignore[index]
+    padding = module.padding if isinstance(module.padding, str) else _sides(module.padding, dims)
+    stride, dilation = _sides(module.stride, dims), _sides(module.dilation, dims)
+    return ConvolutionStep((module.weight,), module.bias, stride, padding, dilation, module.groups)
 
 
 def _monotone_convolution(module: nn.Module) -> AffineStep:
     assert isinstance(module, MonotoneConvolution2d)
-    return MonotoneConvolutionStep((module.a, module.b), None, module.margin)
+    b = module.b
+    square = b.dim() == 4 and b.shape[0] == b.shape[1] and b.layout == torch.strided
+    working = torch.float64 if module.a.dtype == torch.float64 else torch.float32
+    identity = float(torch.tensor(1 - module.margin, dtype=working))
+    # b(i, j) - b(j, i) and b(j, i) - b(i, j) round alike: antisymmetric in any precision.
+    return MonotoneConvolutionStep((module.a, b - transposed_kernel(b) if square else b), None, identity)
 
 
 def _average_pool(module: nn.Module) -> AffineStep:
     assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
     if getattr(module, "divisor_override", None) is not None:
         raise Refusal("average pooling with divisor_override is not verified")
-    dims: Literal[1, 2, 3] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]  # type: ignore[assignment]
-    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
-    size, stride, padding = module.kernel_size, module.stride, module.padding
-    ceil_mode, include = module.ceil_mode, module.count_include_pad
-    terms = math.prod(size) if isinstance(size, tuple) else size**dims
-    return PoolStep((), None, lambda v: pool(v, size, stride, padding, ceil_mode, include), terms)
+    dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]
+    kernel, stride, padding = (_sides(s, dims) for s in (module.kernel_size, module.stride, module.padding))
+    return PoolStep((), None, kernel, stride, padding, module.ceil_mode, module.count_include_pad)
+
+
+def _sides(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """One number for each side, as torch reads such arguments."""
+    sides = (value,) * dims if isinstance(value, int) else tuple(value)
+    sides = sides * dims if len(sides) == 1 else sides
+    if len(sides) != dims:
+        raise Refusal(f"{value} does not name one number for each of {dims} dimensions")
+    return sides
 
 
 AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {

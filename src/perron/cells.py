@@ -16,15 +16,27 @@ import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, NoReturn, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from perron import reading
 from perron.activations import ACTIVATIONS, Activation, get_activation
-from perron.affine import AFFINE_MODULES, AffineStep, MaskStep, Refusal, affine_step
-from perron.rounding import Rounding, gamma, unit_roundoff
+from perron.affine import (
+    AFFINE_MODULES,
+    AffineStep,
+    ConvolutionStep,
+    DenseStep,
+    DiagonalLowRankStep,
+    MaskStep,
+    MonotoneConvolutionStep,
+    PoolStep,
+    Refusal,
+    SparseStep,
+    affine_step,
+)
+from perron.rounding import Rounding, compound, gamma, unit_roundoff
 
 __all__ = [
     "Activate",
@@ -40,6 +52,7 @@ __all__ = [
     "as_map",
     "check_independent",
     "trace",
+    "unknown_step",
 ]
 
 Side = Literal["upper", "lower"]
@@ -171,7 +184,8 @@ class VariationalDropout(nn.Module):
 def _is_known(activation: Activation) -> bool:
     """Whether its facts are the tested ones, rather than somebody's word."""
     try:
-        return get_activation(activation.name) is activation
+        # Equal, with the same functions: copies of a layer copy the record.
+        return get_activation(activation.name) == activation
     except ValueError:
         return False
 
@@ -229,6 +243,26 @@ class NormalizeStep:
 
 
 Step = AffineStep | InjectStep | ActivationStep | NormalizeStep
+# Not their subclasses, which may compute anything.
+_STEPS = frozenset(
+    {
+        DenseStep,
+        SparseStep,
+        DiagonalLowRankStep,
+        ConvolutionStep,
+        MonotoneConvolutionStep,
+        MaskStep,
+        PoolStep,
+        InjectStep,
+        ActivationStep,
+        NormalizeStep,
+    }
+)
+
+
+def unknown_step(step: NoReturn) -> Refusal:
+    """What ends every ladder over the classes of steps: the type says to mypy that none was forgotten."""
+    return Refusal(f"nothing is known of steps of class {type(step).__name__}")
 
 
 class Linearization(Protocol):
@@ -276,6 +310,65 @@ class Chain:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for s in self.affine for t in s.tensors)
 
+    @property
+    def known(self) -> tuple[Step, ...]:
+        """The steps, for whoever proves or differentiates something.
+
+        Raises:
+            Refusal: a step is not of one of the classes of this package, an activation has facts that are somebody's word,
+                or a weight is no tensor of real floating-point numbers.
+        """
+        if torch.compiler.is_compiling():
+            # Asked of the same steps before they were compiled.
+            return self.steps
+        for step in self.steps:
+            if type(step) not in _STEPS:
+                raise unknown_step(step)  # type: ignore[arg-type]
+            if isinstance(step, AffineStep):
+                step.check_tensors()
+            elif isinstance(step, ActivationStep) and not _is_known(step.activation):
+                raise Refusal(f"the facts of activation {step.activation.name!r} are not among the tested ones")
+        return self.steps
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of a state that the steps fix: see `AffineStep.sizes`.
+
+        Raises:
+            Refusal: see `known`; or this is no map of a space into itself, whatever the size of an image is.
+        """
+        precisions = {t.dtype for s in self.known for t in _weights(s)}
+        if len(precisions) > 1:
+            raise Refusal(f"the weights of the cell are of several precisions, {sorted(map(str, precisions))}")
+        if sum(isinstance(s, InjectStep) for s in self.steps) != 1:
+            raise Refusal("a cell adds its injection exactly once")
+        state: dict[str, int] = {}
+        now: dict[str, int] = {}
+        grown: tuple[int, ...] = ()
+        for step in self.steps:
+            if isinstance(step, InjectStep | MaskStep) and (now != state or any(grown)):
+                what, where = ("injection", "adds it") if isinstance(step, InjectStep) else ("mask", "drops entries")
+                raise Refusal(
+                    f"the {what} has the shape of the state, {_shape(state)}, but where the cell {where} "
+                    f"the state has become {_moved(now, grown)}"
+                )
+            if not isinstance(step, AffineStep):
+                continue
+            for name, (before, after) in step.sizes().items():
+                # What no step fixed before is as in the state.
+                state.setdefault(name, before)
+                if now.setdefault(name, before) != before:
+                    raise Refusal(f"a step takes {before} {name}, but is given {now[name]}")
+                now[name] = after
+            growth = step.growth()
+            grown = tuple(a + b for a, b in zip(grown or (0,) * len(growth), growth, strict=True)) if growth else grown
+            if "features" in now and any(grown):
+                raise Refusal("a linear map acts on the last side of an image whose size is changed by another step")
+        if now != state or any(grown):
+            raise Refusal(
+                f"the cell is no map of a space into itself: it makes {_moved(now, grown)} of {_shape(state)}"
+            )
+        return state
+
     def rebind(self, tensors: Sequence[Tensor]) -> Chain:
         rest = iter(tensors)
         return Chain(
@@ -287,13 +380,13 @@ class Chain:
 
     def plainly(self) -> Chain | None:
         """The same map with plain sums, to which `rounding` applies; None if that precision offers none here."""
-        steps = [s.plainly() if isinstance(s, AffineStep) else s for s in self.steps]
+        steps = [s.plainly() if isinstance(s, AffineStep) else s for s in self.known]
         return None if any(s is None for s in steps) else Chain(tuple(s for s in steps if s is not None))
 
     def at_zero(self, injection: Tensor) -> Tensor:
         """f(0; b), without the products with zero."""
         z: Tensor | None = None
-        for step in self.steps:
+        for step in self.known:
             if z is not None:
                 z = step(z, injection) if isinstance(step, InjectStep) else step(z)
             elif isinstance(step, InjectStep):
@@ -323,13 +416,13 @@ class Chain:
         """f = sigma(A z + ...): one activation, at the end, so that J = diag(sigma') A."""
         if self.normalizes:
             return False
-        kinds = [isinstance(s, ActivationStep) for s in self.steps]
+        kinds = [isinstance(s, ActivationStep) for s in self.known]
         return len(kinds) > 1 and kinds[-1] and sum(kinds) == 1
 
     def linear(self, v: Tensor) -> Tensor:
         """A v, all affine steps without bias, injection and activation."""
-        for step in self.affine:
-            v = step.linear(v)
+        for step in self.known:
+            v = step.linear(v) if isinstance(step, AffineStep) else v
         return v
 
     def preactivation(self, z: Tensor, injection: Tensor) -> Tensor:
@@ -350,21 +443,23 @@ class Chain:
 
     def rounding(self, dtype: torch.dtype, entries: int = 2**24) -> Rounding:
         """Rounding error of one evaluation of this chain in `dtype`, with plain sums, on at most so many entries."""
-        relative, absolute, tiny = 0.0, torch.zeros(()), torch.finfo(dtype).tiny
-        for step in self.steps:
+        relative, absolute, tiny = 0.0, torch.zeros((), dtype=torch.float64), torch.finfo(dtype).tiny
+        for step in self.known:
             if isinstance(step, AffineStep):
-                relative = (1 + relative) * (1 + gamma(step.terms + 2, dtype)) - 1
-                absolute = 2 * step.row_sums().double() * absolute + 2 * (step.terms + 2) * tiny
+                relative = compound(relative, gamma(step.terms + 2, dtype))
+                absolute = 2 * step.row_sums() * absolute + step.underflow(dtype)
             elif isinstance(step, ActivationStep):
-                relative = (1 + relative) * (1 + gamma(step.activation.ulps, dtype)) - 1
+                relative = compound(relative, gamma(step.activation.ulps, dtype))
                 absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
             elif isinstance(step, NormalizeStep):
                 # Of the norm and of what it divides; `perron.contraction` sees to it that nothing underflows before.
-                relative = (1 + relative) ** 2 * (1 + gamma(step.roundings(entries), dtype)) - 1
-                absolute = torch.full((), tiny)
-            else:
-                relative = (1 + relative) * (1 + gamma(1, dtype)) - 1
+                relative = compound(compound(relative, relative), gamma(step.roundings(entries), dtype))
+                absolute = torch.full_like(absolute, tiny)
+            elif isinstance(step, InjectStep):
+                relative = compound(relative, gamma(1, dtype))
                 absolute = 2 * absolute + tiny
+            else:
+                raise unknown_step(step)
         return Rounding(relative, absolute)
 
     def linearize_at_fixed_point(self, value: Tensor, side: Side | None = None) -> ChainLinearization | None:
@@ -392,17 +487,18 @@ class Chain:
         self, z: Tensor, injection: Tensor, g: Tensor, needed: Sequence[bool] | None = None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of <g, f(z; b)> for b and `tensors`, where needed; differentiable."""
+        steps = self.known
         needed = [True] * (1 + len(self.tensors)) if needed is None else needed
         if self.normalizes:
             found = torch.func.vjp(lambda b, *t: self.rebind(t)(z, b), injection, *self.tensors)[1](g)
             return tuple(t if n else None for t, n in zip(found, needed, strict=True))
         inputs = [z]
-        for step in self.steps[:-1]:
+        for step in steps[:-1]:
             inputs.append(step(inputs[-1], injection) if isinstance(step, InjectStep) else step(inputs[-1]))
         of_tensors: list[Tensor | None] = []
         of_injection: Tensor | None = None
-        for k in range(len(self.steps) - 1, -1, -1):
-            step = self.steps[k]
+        for k in range(len(steps) - 1, -1, -1):
+            step = steps[k]
             if isinstance(step, ActivationStep):
                 # From the argument, not from the value: where sigma saturates only that has any digits.
                 g = g * step.activation.derivative(inputs[k])
@@ -412,9 +508,13 @@ class Chain:
                 wanted = needed[1 + len(self.tensors) - len(of_tensors) - len(step.tensors) :][: len(step.tensors)]
                 found = step.gradients(inputs[k], g) if any(wanted) else [None] * len(wanted)
                 of_tensors = [*(t if n else None for t, n in zip(found, wanted, strict=True)), *of_tensors]
-                if not any(isinstance(s, AffineStep | InjectStep) for s in self.steps[:k]):
+                if not any(isinstance(s, AffineStep | InjectStep) for s in steps[:k]):
                     break
                 g = step.transpose(g, inputs[k].shape)
+            elif isinstance(step, NormalizeStep):
+                raise Refusal("a chain that normalises has no Jacobian of diagonals and matrices")
+            else:
+                raise unknown_step(step)
         return (of_injection, *of_tensors)
 
     def linearize(self, z: Tensor, injection: Tensor) -> Linearization:
@@ -434,7 +534,7 @@ class Chain:
         shapes: list[torch.Size] = []
         diagonals: list[Tensor | None] = []
         v = z
-        for step in self.steps:
+        for step in self.known:
             shapes.append(v.shape)
             diagonal = None
             if isinstance(step, ActivationStep):
@@ -451,17 +551,40 @@ class Chain:
         return ChainLinearization(self.steps, tuple(shapes), tuple(diagonals))
 
 
+def _weights(step: Step) -> tuple[Tensor, ...]:
+    # A mask is drawn for the state, in its precision.
+    return step.tensors if isinstance(step, AffineStep) and not isinstance(step, MaskStep) else ()
+
+
+def _shape(sizes: dict[str, int]) -> str:
+    return " and ".join(f"{size} {name}" for name, size in sizes.items()) or "any size"
+
+
+def _moved(sizes: dict[str, int], grown: tuple[int, ...]) -> str:
+    return _shape(sizes) + (f" with the sides of every image {grown} longer" if any(grown) else "")
+
+
 def _selected(steps: tuple[Step, ...], index: Tensor) -> tuple[Step, ...]:
     return tuple(s.select(index) if isinstance(s, AffineStep) else s for s in steps)
 
 
 @dataclass(frozen=True)
 class ChainLinearization:
-    """J = D_L A_L ... D_1 A_1 of a chain at a point."""
+    """J = D_L A_L ... D_1 A_1 of a chain at a point.
+
+    Raises:
+        Refusal: a step is not known.
+    """
 
     steps: tuple[Step, ...]
     shapes: tuple[torch.Size, ...]
     diagonals: tuple[Tensor | None, ...]
+
+    def __post_init__(self) -> None:
+        for step, diagonal in zip(Chain(self.steps).known, self.diagonals, strict=True):
+            # What is neither a matrix nor a diagonal would count as the identity, which only an injection is.
+            if isinstance(step, NormalizeStep) or (isinstance(step, ActivationStep) and diagonal is None):
+                raise Refusal(f"the Jacobian of a {type(step).__name__} is not given")
 
     def select(self, index: Tensor) -> ChainLinearization:
         """J of these samples only."""

@@ -8,6 +8,7 @@ spectral radius of its asymptotic map is below 1, and then it is unique and Pica
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from perron import reading
 from perron.affine import AffineStep, Refusal
-from perron.cells import ActivationStep, Chain, InjectStep, trace
+from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep, trace, unknown_step
 from perron.contraction import check_nonnegative, degree, gain
 from perron.monotone import margin
-from perron.rounding import gamma
+from perron.rounding import gamma, product_above
 
 __all__ = ["Certificate", "certify", "contracting", "derive", "either", "refused", "spectral_radius_bound"]
+
+# Above what underflow takes from a sum, far below every number that counts.
+_LEAST = 1e-300
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
     """A rigorous upper bound on the spectral radius of a nonnegative square matrix, dense or CSR.
 
     Collatz-Wielandt: rho(A) <= max_i (A w)_i / w_i for every w > 0. Power iteration only looks for a good w; the bound
-    is then one evaluation in float64 with its rounding error added, so it holds however far the iteration got.
+    is then one evaluation in float64 with its rounding error added, so it holds however far the iteration got. inf where
+    that overflows.
 
     Raises:
         ValueError: the matrix is not square, or has negative, NaN or infinite entries.
@@ -94,50 +99,63 @@ def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
     entries = a.values() if a.layout == torch.sparse_csr else a
     if not bool(((entries >= 0) & torch.isfinite(entries)).all()):
         raise ValueError("the bound holds for finite nonnegative matrices only")
-    n = a.shape[0]
-    if entries.numel() == 0:
+    if not bool((entries > 0).any()):
         return 0.0
-    scale = float(entries.max())
-    if scale == 0:
-        return 0.0
-    a = a * (1 / scale)
-    w = torch.ones(n, dtype=torch.float64, device=a.device)
-    best = float("inf")
+    return _radius_above(lambda w: a @ w, a.shape[0], a.shape[0] + 2, a.device, iterations)
+
+
+def _radius_above(
+    image: Callable[[Tensor], Tensor], n: int, roundings: int, device: torch.device, iterations: int = 200
+) -> float:
+    """At least the spectral radius of the nonnegative w -> A w on n entries, computed with so many roundings in a row.
+
+    For every w > 0 it is at most max_i (A w)_i/w_i; a positive multiple of the identity attains it. The quotient is one
+    more rounding. A w needs to be right from 1e-300 on only: no entry of w is below 1e-200.
+    """
+    w = torch.ones(n, dtype=torch.float64, device=device)
+    best = math.inf
     for _ in range(iterations):
-        y = a @ w
+        y = image(w) + _LEAST
         ratios = y / w
-        best = min(best, float(ratios.max()))
-        if float(ratios.min()) >= best * (1 - 1e-12):
+        low, high = (float(t) for t in torch.aminmax(ratios))
+        if not high < math.inf:
+            # Overflow.
+            break
+        best = min(best, high)
+        if low >= best * (1 - 1e-12):
             break
         # The shift keeps w positive where the matrix is reducible, and steady where it is periodic.
         w = y + 0.2 * best * w
         w = (w / w.max()).clamp_min(1e-200)
-    return best * scale * (1 + 2 * gamma(n + 8, torch.float64)) + scale * 1e-100
+    return best * (1 + 2 * gamma(roundings + 8, torch.float64))
 
 
 def _asymptotic_radius(chain: Chain) -> float:
-    """Upper bound on the spectral radius of f_inf(z) = lim f(t z)/t, a product of slopes and nonnegative matrices."""
-    product: Tensor | None = None
-    slope = math.prod(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
+    """At least the spectral radius of f_inf(z) = lim f(t z)/t, which is s A_L ... A_1 z with s the product of the slopes.
+
+    On w constant over images and positive, A_k w <= M_k w with M_k = `channels` of the step; so f_inf^j w <= (s M)^j w,
+    M = M_L ... M_1, and s M has no smaller radius than f_inf. Convolutions over all of space and matrices attain it.
+    """
+    slope = product_above(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
     if slope == 0:
         return 0.0
-    for step in chain.steps:
-        if isinstance(step, AffineStep) and step.weights:
-            matrix = step.channels()
-            if matrix is None:
-                raise Refusal(
-                    "the spectral radius of a grouped or strided convolution, or under dropout, is not bounded here"
-                )
-            matrix = matrix.detach().double()
-            if product is not None and matrix.shape[1] != product.shape[0]:
-                raise Refusal(f"steps of {product.shape[0]} and {matrix.shape[1]} features do not fit")
-            product = matrix if product is None else matrix @ product
-    if product is None:
+    sizes = chain.sizes()
+    if "features" in sizes and "dimensions" in sizes:
+        raise Refusal("the spectral radius of a cell with linear maps along a side of an image is not bounded here")
+    maps = [m for step in chain.affine for m in step.channels()]
+    if not maps:
         return slope
-    if product.shape[0] != product.shape[1]:
-        raise Refusal(f"the cell maps {product.shape[1]} features to {product.shape[0]}")
-    count = sum(s.terms for s in chain.affine) + 16
-    return slope * spectral_radius_bound(product) * (1 + gamma(count, torch.float64)) ** 2
+
+    def image(w: Tensor) -> Tensor:
+        w = w.unsqueeze(0)
+        for step in maps:
+            # What underflowed may meet large weights in the next step.
+            w = step.linear(w) + step.underflow(torch.float64) + _LEAST
+        return w.squeeze(0)
+
+    n = sizes.get("features", sizes.get("channels", 0))
+    roundings = sum(s.terms + 3 for s in chain.affine)
+    return product_above([slope, _radius_above(image, n, roundings, maps[0].tensors[0].device)])
 
 
 def _check_nonnegative(chain: Chain) -> None:
@@ -148,7 +166,7 @@ def _check_nonnegative(chain: Chain) -> None:
 def _check_positive(chain: Chain, positive_injection: bool) -> None:
     """f must map into the open orthant: with f(0) = 0 in a coordinate, uniqueness can fail."""
     positive = False
-    for step in chain.steps:
+    for step in chain.known:
         if isinstance(step, AffineStep):
             bias = step.bias is not None and step.bias.numel() > 0 and bool((step.bias.detach() > 0).all())
             positive = bias or (positive and step.positive())
@@ -156,6 +174,10 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
             positive = positive or positive_injection
         elif isinstance(step, ActivationStep):
             positive = positive or step.activation.at_zero > 0
+        elif isinstance(step, NormalizeStep):
+            raise Refusal("division by a norm is not monotone")
+        else:
+            raise unknown_step(step)
     if not positive:
         raise Refusal(
             "f(0) > 0 could not be verified: with sigma(0) = 0 the injection must be positive in every coordinate "
@@ -164,14 +186,18 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
 
 
 def _a_priori_rate(chain: Chain) -> float | None:
-    """The degree, or 1 - min f(0)/sup f (contraction on [f(0), sup f]), where it does not depend on the input."""
+    """The degree, or 1 - min f(0)/sup f, where it does not depend on the input.
+
+    f is concave: f'(z) z <= f(z) - f(0) <= (1 - min f(0)/sup f) f(z) for every z >= 0, which is a degree of f.
+    """
     try:
         found = degree(chain)
     except Refusal:
         found = 1.0
     last = chain.last_activation
     if last is not None and last.bounded and last.at_zero > 0:
-        found = min(found, 1 - last.at_zero / last.supremum)
+        # The numbers themselves are powers, rounded.
+        found = min(found, 1 - last.at_zero / last.supremum * (1 - 1e-14))
     return found if found < 1 else None
 
 
@@ -179,6 +205,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
     """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
     kind = "none"
     try:
+        chain.sizes()
         if chain.normalizes:
             raise Refusal("division by a norm is not monotone")
         _check_nonnegative(chain)
@@ -187,7 +214,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
         radius = _asymptotic_radius(chain)
         if not radius < 1:
             raise Refusal(
-                f"the asymptotic map has spectral radius up to {radius:.6g}, not below 1: a fixed point may not exist; "
+                f"the asymptotic map has spectral radius up to {_near_one(radius)}, not below 1: a fixed point may not exist; "
                 "scale the weights down or use a bounded activation"
             )
     except Refusal as refusal:
@@ -205,10 +232,17 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
             "f(0) > 0: " + ("the injection is positive" if positive_injection else "sigma(0) > 0 or a positive bias"),
             "the asymptotic map is zero (bounded or sublinear cell)"
             if radius == 0
-            else f"the asymptotic map has spectral radius at most {radius:.6g} < 1",
+            else f"the asymptotic map has spectral radius at most {_near_one(radius)} < 1",
         ),
         rate=_a_priori_rate(chain),
     )
+
+
+def _near_one(factor: float) -> str:
+    """In words that tell 1 from what is next to it."""
+    if factor == 1 or not abs(factor - 1) < 1e-5:
+        return f"{factor:.6g}"
+    return f"1 {'+-'[factor < 1]} {abs(factor - 1):.3g}"
 
 
 def either(concave: Certificate, contraction: Certificate) -> Certificate:
@@ -227,6 +261,10 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
     Kolter, NeurIPS 2020). For other signed weights the fixed point need not be unique, and the refusal says so; single
     samples may still be certified, by `perron.contraction`.
     """
+    try:
+        chain.sizes()
+    except Refusal as refusal:
+        return refused(str(refusal))
     missed, signed = "", ""
     try:
         if not nonnegative_injection:
@@ -240,12 +278,14 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
                 "subhomogeneous",
                 (
                     "all weights of the cell are finite and nonnegative",
-                    f"F is subhomogeneous of degree at most {mu:.6g} < 1, the product of its activations' degrees"
+                    f"F is subhomogeneous of degree at most {_near_one(mu)} < 1, the product of its activations' degrees"
                     + (", doubled by the normalisation" if chain.normalizes else ""),
                 ),
                 rate=mu,
             )
-        missed = f"the degree of the cell is only bounded by {mu:.6g}, not below 1; use a larger shift or a power"
+        missed = (
+            f"the degree of the cell is only bounded by {_near_one(mu)}, not below 1; use a larger shift or a power"
+        )
     except Refusal as refusal:
         signed = str(refusal)
     factor = gain(chain)
@@ -255,7 +295,7 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
             True,
             True,
             "bounded gain",
-            (f"absolute row sums times largest slopes are at most {factor:.6g} < 1",),
+            (f"absolute row sums times largest slopes are at most {_near_one(factor)} < 1",),
             rate=factor,
             metric="sup norm",
         )
@@ -273,9 +313,15 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
         )
     if missed:
         return refused(missed, kind="subhomogeneous")
-    nearest = f"absolute row sums times largest slopes are {factor:.6g}, not below 1 (weights='signed_bounded' keeps them there)"
+    nearest = (
+        f"absolute row sums times largest slopes are {_near_one(factor)}, not below 1 "
+        "(weights='signed_bounded' keeps them there)"
+    )
     if -math.inf < least and 1 - least < factor:
-        nearest = f"the symmetric part of W has eigenvalues up to {1 - least:.6g}, not below 1 (MonotoneLinear keeps them there)"
+        nearest = (
+            f"the symmetric part of W has eigenvalues up to {_near_one(1 - least)}, not below 1 "
+            "(MonotoneLinear keeps them there)"
+        )
     return refused(f"{signed}, so that two fixed points are possible unless F contracts, and {nearest}")
 
 
@@ -291,7 +337,7 @@ def _of_layer(layer: nn.Module, path: str) -> Certificate:
     return layer.certificate()  # type: ignore[operator]
 
 
-def certify(module: nn.Module) -> Certificate:
+def certify(module: nn.Module | Chain) -> Certificate:
     """Derive the certificate of an equilibrium layer, a cell, or a whole network, from its actual weights.
 
     A cell (an `nn.Sequential` with one `Inject`) is certified for positive injections; a layer for every input it
@@ -299,8 +345,8 @@ def certify(module: nn.Module) -> Certificate:
     the refusal says why.
 
     Args:
-        module: a layer of `perron.nn`, a cell, or a module that contains such layers. Layers with hooks or replaced methods
-            are refused.
+        module: a layer of `perron.nn`, a cell or its `Chain`, or a module that contains such layers. Layers with hooks or
+            replaced methods are refused.
 
     >>> from perron.cells import Activate, Inject
     >>> from perron.constraints import nonnegative
@@ -310,6 +356,8 @@ def certify(module: nn.Module) -> Certificate:
     >>> print(certify(nn.Sequential(nn.Linear(5, 5), nn.Tanh())).refusal)
     the module contains no equilibrium layer
     """
+    if isinstance(module, Chain):
+        return _of_chain(module)
     if callable(getattr(module, "certificate", None)):
         return _of_layer(module, reading.name_of(module))
     parts = [
@@ -324,12 +372,17 @@ def certify(module: nn.Module) -> Certificate:
         return Certificate(
             True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
         )
+    if not any(isinstance(m, Inject) for m in module.modules()):
+        return refused("the module contains no equilibrium layer")
     try:
         reading.read_twice(module)
-        chain = trace(module)
-        concave = derive(chain, positive_injection=True)
-        return concave if concave else either(concave, contracting(chain))
+        # Weights computed under autocast would not be those of a solve.
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return _of_chain(trace(module))
     except Refusal as refusal:
-        if "Inject" in str(refusal):
-            return refused("the module contains no equilibrium layer")
         return refused(str(refusal))
+
+
+def _of_chain(chain: Chain) -> Certificate:
+    concave = derive(chain, positive_injection=True)
+    return concave if concave else either(concave, contracting(chain))

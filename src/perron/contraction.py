@@ -28,8 +28,8 @@ from torch import Tensor
 from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.activations import Activation, get_activation
 from perron.affine import AffineStep, Refusal
-from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep
-from perron.rounding import Number, Rounding, gamma
+from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep, Step, unknown_step
+from perron.rounding import Number, Rounding, gamma, product_above
 
 __all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "variation"]
 
@@ -41,30 +41,35 @@ _U = 2.0**-53
 
 
 @cache
-def _degree_of(name: str, signed: bool) -> float:
-    activation = get_activation(name)
+def _degree_of(activation: Activation, signed: bool) -> float:
+    """sup p |v| b'(v)/(b(v) + s) of (b + s)^p, from a grid 0 = v_0 < ... < v_N; b is nondecreasing, and concave for v >= 0.
+
+    * on [v_k, v_k+1], k >= 1: at most v_k+1 b'(v_k)/(b(v_k) + s);
+    * on [0, v_1]: v b'(v) <= b(v) - b(0), and (b - b(0))/(b + s) rises with b;
+    * beyond v_N: v b'(v) <= 2 (b(v) - b(v/2)) <= 2 (sup b - b(v_N/2)), over at least b(v_N) + s; for b unbounded 1 will
+      do, from v b'(v) <= b(v) - b(0);
+    * for v = -t and b odd about b(0): b'(v) = b'(t), and b(v) = 2 b(0) - b(t) falls with t, to 2 b(0) - sup b.
+
+    Slopes are taken larger and what they are divided by smaller by their rounding: differences have lost digits.
+    """
     base, shift, power = activation.inner or (activation, 0.0, 1.0)
     v = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 6, _GRID, dtype=torch.float64)])
-    value, slope = base(v), base.derivative(v)
-    rounding = 1 + 1e-12 + 8 * activation.ulps * _U
-    # On [a, b] the slope is at most that at a, and sigma at least that at a.
-    inside = v[1:] * slope[:-1] / (value[:-1] + shift)
-    # Next to zero and beyond the grid: v sigma'(v) <= sigma(v) - sigma(0), and <= 2 (sigma(v) - sigma(v/2)).
-    near = (value[1] - base.at_zero) / (value[1] + shift)
-    far = torch.ones(())
-    if base.bounded:
-        far = 2 * (base.supremum - base(v[-1:] / 2)).clamp_min(0)[0] / (value[-1] + shift)
-    found = [inside[1:].max(), near, far]
+    value = base(v)
+    slope = base.derivative(v) + 2 * base.ulps * _U * base.slope_at_zero
+    lost = 2 * (base.ulps + 2) * _U * (value.abs() + 2 * abs(base.at_zero) + shift)
+    above = value + shift - lost
+    near = (value[1] - base.at_zero + lost[1]) / above[1]
+    tail = 2 * (base.supremum - base(v[-1:] / 2) + lost[-1]).clamp_min(0)[0] if base.bounded else above[-1]
+    found = [(v[2:] * slope[1:-1] / above[1:-1]).max(), near, tail / above[-1]]
     if signed:
         if base.below_zero != "odd":
             return math.inf
-        # sigma(-t) = 2 sigma(0) - sigma(t) falls with t.
-        below = 2 * base.at_zero - value + shift
-        if not bool((below > 0).all()) or 2 * base.at_zero - base.supremum + shift <= 0:
+        below, least = 2 * base.at_zero - value + shift - lost, 2 * base.at_zero - base.supremum + shift - lost[-1]
+        if not bool((below > 0).all()) or not least > 0:
             return math.inf
-        found += [(v[1:] * slope[:-1] / below[1:]).max()]
-        found += [far * (value[-1] + shift) / (2 * base.at_zero - base.supremum + shift)]
-    return power * (max(float(t) for t in found) + 1e-12) * rounding
+        found += [(v[1:] * slope[:-1] / below[1:]).max(), tail / least]
+    # What is left are a few roundings of positive numbers.
+    return power * max(float(t) for t in found) * (1 + 1e-12)
 
 
 def activation_degree(activation: str | Activation, *, signed: bool = False) -> float:
@@ -80,35 +85,44 @@ def activation_degree(activation: str | Activation, *, signed: bool = False) -> 
     >>> activation_degree("sigmoid^0.5") <= 0.5
     True
     """
-    return _degree_of(get_activation(activation).name, signed)
+    return _degree_of(get_activation(activation), signed)
 
 
 def degree(chain: Chain) -> float:
     """mu with |J(z)| z <= mu F(z) for all z > 0 and all nonnegative injections, from the actual weights.
 
+    Matrices A >= 0 have A z <= A z + c, so degree 1; so has v -> v + b. v/|v|_p has 2: with g = log v its logarithm moves
+    by dg_i - sum_j s_j dg_j with s_j = v_j^p/sum v^p, at most 2 max |dg|, attained in the limit.
+
     Raises:
-        Refusal: a weight is negative or not finite, or F(z) > 0 could not be verified.
+        Refusal: a step is not known, a weight is negative or not finite, or F(z) > 0 could not be verified.
     """
-    mu, least = 1.0, 0.0
-    for step in chain.steps:
+    degrees, least = [1.0], 0.0
+    for step in chain.known:
         if isinstance(step, AffineStep):
             check_nonnegative(step)
             bias = step.bias
             least = float(bias.min()) if bias is not None and bias.numel() else 0.0
         elif isinstance(step, ActivationStep):
-            mu *= min(activation_degree(step.activation), 1.0)
+            # Never more than 1, as sigma is concave with sigma(0) >= 0.
+            degrees.append(min(activation_degree(step.activation), 1.0))
             least = step.activation.at_zero
         elif isinstance(step, NormalizeStep):
             if least < 1e-100:
                 raise Refusal(
                     "what is divided by its norm must have a positive lower bound; use a shift, as in 'tanh+1.2'"
                 )
-            mu, least = 2 * mu, 0.0
-    if chain.normalizes and chain.steps[-1] != next(s for s in chain.steps[::-1] if isinstance(s, NormalizeStep)):
+            if not step.p >= 1 or not (step.dim is None or step.dim >= 1):
+                raise Refusal(f"no norm of a sample is known with p = {step.p} over dimension {step.dim}")
+            degrees.append(2.0)
+            least = 0.0
+        elif not isinstance(step, InjectStep):
+            raise unknown_step(step)
+    if chain.normalizes and not isinstance(chain.steps[-1], NormalizeStep):
         raise Refusal("Normalize() is only verified as the last step of a cell")
     if not chain.normalizes and least <= 0:
         raise Refusal("F(z) > 0 could not be verified; use a shift, as in 'tanh+1.2'")
-    return mu
+    return product_above(degrees)
 
 
 def check_nonnegative(step: AffineStep) -> None:
@@ -200,7 +214,11 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
 
     Thompson's metric where the weights are nonnegative and the injection too; else, or where its factor is not below 1,
     the weighted sup norm on the smallest box found.
+
+    Raises:
+        Refusal: the chain is no known map of a space into itself.
     """
+    chain.sizes()
     try:
         mu, rounding = degree(chain), chain.rounding(torch.float64, injection[:1].numel())
     except Refusal:
@@ -222,22 +240,32 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
 
 
 def gain(chain: Chain) -> float:
-    """A bound on the factor of F in the sup norm on the whole space, for every injection; inf where there is none."""
-    found = 1.0
-    for step in chain.steps:
+    """A bound on the factor of F in the sup norm on the whole space, for every injection; inf where there is none.
+
+    The product of absolute row sums and largest slopes, each rounded up; F(z) = kappa z + b attains it.
+
+    Raises:
+        Refusal: a step is not known.
+    """
+    factors: list[float] = []
+    line = torch.full((1,), math.inf, dtype=torch.float64)
+    for step in chain.known:
         if isinstance(step, AffineStep):
-            dtype = step.tensors[0].dtype if step.tensors else torch.float32
-            found *= float(step.magnitude().row_sums().double()) * (1 + 2 * gamma(step.terms + 8, dtype))
+            factors.append(float(step.row_sums()))
         elif isinstance(step, ActivationStep):
-            line = torch.full((1,), math.inf, dtype=torch.float64)
-            found *= float(step.activation.steepest(-line, line))
+            factors.append(float(step.activation.steepest(-line, line)))
         elif isinstance(step, NormalizeStep):
             return math.inf
-    return found if not math.isnan(found) else math.inf
+        elif not isinstance(step, InjectStep):
+            raise unknown_step(step)
+    return product_above(factors)
 
 
 def _invariant_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A box that F maps into itself, which contains every fixed point; None where none was found."""
+    """A box that F maps into itself, which contains every fixed point; None where none was found.
+
+    From a box B with F(B) in B: B and the hull of F(B) meet in a box that F maps into itself, too.
+    """
     if chain.normalizes:
         return None
     box = _range_box(chain, injection)
@@ -265,7 +293,10 @@ def _range_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
-    """|z| <= |F(0)|/(1 - kappa) in the sup norm, where F contracts on the whole space."""
+    """|z| <= |F(0)|/(1 - kappa) in the sup norm, where F contracts on the whole space, 0 <= kappa < 1.
+
+    From |F(z)| <= |F(0)| + kappa |z|: F maps this ball into itself, and F(z) = kappa z + b has its fixed point on it.
+    """
     kappa = gain(chain)
     if not kappa < 1:
         return None
@@ -279,20 +310,23 @@ def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _over(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Bounds of what the steps from `start` on make of a box."""
-    for step in chain.steps[start:]:
+    for step in chain.known[start:]:
         lower, upper = _step_over(step, injection, lower, upper)
     return lower, upper
 
 
-def _step_over(step: object, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def _step_over(step: Step, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(step, AffineStep):
         return step.over(lower, upper)
     if isinstance(step, InjectStep):
         low, high = step(lower, injection), step(upper, injection)
         return low - 2 * _U * low.abs(), high + 2 * _U * high.abs()
-    assert isinstance(step, ActivationStep)
-    slack = _activation_error(step.activation, lower, upper)
-    return step(lower) - slack, step(upper) + slack
+    if isinstance(step, ActivationStep):
+        slack = _activation_error(step.activation, lower, upper)
+        return step(lower) - slack, step(upper) + slack
+    if isinstance(step, NormalizeStep):
+        raise Refusal("division by a norm is not monotone: no box is known")
+    raise unknown_step(step)
 
 
 def _activation_error(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:
@@ -300,7 +334,7 @@ def _activation_error(activation: Activation, lower: Tensor, upper: Tensor) -> T
     base, shift, power = activation.inner or (activation, 0.0, 1.0)
     low, high = base(lower), base(upper)
     size = torch.maximum(low.abs(), high.abs()) + 2 * base.at_zero
-    error = 2 * base.ulps * _U * size
+    error = 2 * base.ulps * _U * size + 1e-300
     if activation.inner is None:
         return error
     error = error + 2 * _U * (size + shift)
@@ -318,19 +352,25 @@ def sensitivity(
 
     Returns:
         |A| and the largest slopes, as an operator that bounds |J(z)| for every z in the box; the smallest slopes, one for
-        each step; and the rounding of F on the box, absolute and entrywise.
+        each step; and the rounding of F on the box, absolute and entrywise: an error e of v leaves A v with at most
+        |A| e + gamma (|A| (|v| + e) + |c|), and sigma(v) with at most the largest slope times e, and with its own.
+
+    Raises:
+        Refusal: a step is not known, or divides by a norm.
     """
     largest: list[Tensor | None] = []
     smallest: list[Tensor | None] = []
     shapes: list[torch.Size] = []
     error = torch.zeros_like(lower)
-    for step in chain.steps:
+    for step in chain.known:
         shapes.append(lower.shape)
         steep = flat = None
         if isinstance(step, AffineStep):
             magnitude = step.magnitude()
             size = torch.maximum(lower.abs(), upper.abs())
+            # gamma |A| e is in the last factor.
             error = (magnitude.linear(error) + gamma(step.terms + 4, lower.dtype) * magnitude(size)) * (1 + 1e-9)
+            error = error + step.underflow(lower.dtype)
         elif isinstance(step, ActivationStep):
             # Widened by the error of its argument.
             steep = step.activation.steepest(lower - error, upper + error)
@@ -347,31 +387,49 @@ def sensitivity(
 
 
 def variation(steep: ChainLinearization, smallest: tuple[Tensor | None, ...], w: Tensor) -> Tensor:
-    """At least |J(x) - J(y)| w for x, y in the box of `sensitivity`, w >= 0, but for rounding."""
+    """At least |J(x) - J(y)| w for x, y in the box of `sensitivity`, w >= 0, but for rounding.
+
+    With u = J_k(x) w and u' = J_k(y) w so far, |u| <= w and |u - u'| <= change, slopes d, d' in [least, most] give
+    |d u - d' u'| <= d' |u - u'| + |d - d'| |u| <= most change + (most - least) w; attained by one step of slopes most, least.
+    """
     change = torch.zeros_like(w)
     for step, most, least in zip(steep.steps, steep.diagonals, smallest, strict=True):
         if isinstance(step, AffineStep):
             w, change = step.linear(w), step.linear(change)
-        elif most is not None and least is not None:
+        elif isinstance(step, ActivationStep) and most is not None and least is not None:
             w, change = most * w, most * change + (most - least) * w
+        elif not isinstance(step, InjectStep):
+            raise Refusal(f"the slopes of a {type(step).__name__} are not known")
     return change
+
+
+def _lost(steep: ChainLinearization, w: Tensor) -> Tensor:
+    """What underflow takes at most from an entry of |J| w: a number below the range may meet large weights later."""
+    dtype, lost = w.dtype, torch.zeros((), dtype=w.dtype, device=w.device)
+    for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
+        if isinstance(step, AffineStep):
+            lost = 2 * step.row_sums() * lost + step.underflow(dtype)
+        elif diagonal is not None:
+            lost = 2 * amax(diagonal) * lost + torch.finfo(dtype).tiny
+    return lost
 
 
 def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """(batch,) kappa < 1 with |J| w <= kappa w, and w, where one was found; inf elsewhere.
 
     Power iteration (Collatz-Wielandt) looks for the least kappa; then w is made as flat as kappa allows, since a residual
-    counts most where w is small.
+    counts most where w is small. Whatever w > 0 is, max |J| w/w is a factor; one product of nonnegative numbers gives it,
+    with a relative error of gamma(terms) and what underflow takes.
     """
     w = start / per_sample(amax(start).clamp_min(1e-300), start) + _FLOORS[-1]
     for _ in range(_POWER_STEPS):
         w = steep.matvec(w) + 0.05 * w
         w = w / per_sample(amax(w).clamp_min(1e-300), w) + _FLOORS[-1]
     best, kappa = w, torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
-    cost = kappa
+    cost, lost = kappa, _lost(steep, w)
     for floor in _FLOORS:
         trial = w.clamp_min(floor)
-        top = amax(steep.matvec(trial) / trial) * (1 + gamma(terms + 4, w.dtype)) + 1e-280
+        top = amax(steep.matvec(trial) / trial) * (1 + 2 * gamma(terms + 4, w.dtype)) + 2 * lost / amin(trial)
         # NaN compares false.
         now = torch.where(top < 1, top / (1 - top) * amax(1 / trial), math.inf)
         better = now < cost

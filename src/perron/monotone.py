@@ -46,14 +46,11 @@ def nonexpansive(activation: Activation) -> bool:
 
 def _parts(chain: Chain) -> tuple[AffineStep, Activation] | None:
     """W, with its bias, and sigma of a chain sigma(W z + b), or None."""
-    if (
-        len(chain.steps) != 3
-        or not isinstance(chain.steps[0], AffineStep)
-        or not isinstance(chain.steps[1], InjectStep)
-    ):
+    steps = chain.known
+    if len(steps) != 3 or not isinstance(steps[0], AffineStep) or not isinstance(steps[1], InjectStep):
         return None
     activation = chain.last_activation
-    return (chain.steps[0], activation) if activation is not None and nonexpansive(activation) else None
+    return (steps[0], activation) if activation is not None and nonexpansive(activation) else None
 
 
 @torch.no_grad()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "Rounding", "gamma", "unit_roundoff"]
+__all__ = ["Number", "Rounding", "compound", "gamma", "product_above", "unit_roundoff"]
 
 
 # A scalar of a proof: a float, a tensor, or a term of a solver that checks its formula for all real numbers.
@@ -37,3 +39,25 @@ def gamma(n: int, dtype: torch.dtype) -> float:
     """n u/(1 - n u): relative error of n roundings."""
     nu = n * unit_roundoff(dtype)
     return nu / (1 - nu) if nu < 0.5 else math.inf
+
+
+def compound(first: float, second: float) -> float:
+    """(1 + a)(1 + b) - 1 of relative errors, rounded up; not formed beside 1, where they would lose their digits."""
+    return (first + second + first * second) * (1 + 2**-50)
+
+
+def product_above(factors: Iterable[float]) -> float:
+    """The product of nonnegative numbers, not below the exact one; inf where one of them is not finite.
+
+    Multiplied exactly: 1e-200 * 1e-200 * 1e300 * 1e100 is 1, and no intermediate product may be lost.
+    """
+    exact = Fraction(1)
+    for factor in factors:
+        if not math.isfinite(factor):
+            return math.inf
+        exact *= Fraction(factor)
+    try:
+        near = float(exact)
+    except OverflowError:
+        return math.inf
+    return near if near >= exact else math.nextafter(near, math.inf)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,31 @@ class SparsePattern:
 
     @property
     def longest_row(self) -> int:
-        """Entries in the fullest row."""
-        return int(self.rows.diff().max()) if len(self.rows) > 1 else 0
+        """Entries in the fullest row of this view."""
+        rows = self.transposed_rows if self.transposed else self.rows
+        return int(rows.diff().max()) if len(rows) > 1 else 0
+
+    def fault(self) -> str | None:
+        """What is wrong with these indices, or None: entries sorted and in range, and the transpose that of this matrix."""
+        rows, columns = self.shape
+        fault = _fault(self.rows, self.columns, self.shape)
+        if fault is not None:
+            return fault
+        count = len(self.columns)
+        arrays = (self.transposed_rows, self.transposed_columns, self.order)
+        if any(t.dtype != torch.long or t.device != self.rows.device for t in arrays):
+            return "the arrays of the transpose are not int64 on the device of the others"
+        if [len(t) for t in arrays] != [columns + 1, count, count]:
+            return "the arrays of the transpose are too long or too short"
+        in_range = bool(((self.order >= 0) & (self.order < count)).all())
+        if not in_range or not bool((torch.bincount(self.order, minlength=count) == 1).all()):
+            return "the order of the transpose is no permutation"
+        of_row, of_column = self.row_of_entry()[self.order], self.columns[self.order]
+        same = torch.equal(of_row, self.transposed_columns)
+        same &= torch.equal(_pointers(of_column, columns), self.transposed_rows)
+        if not same or not bool(((of_column * rows + of_row).diff() > 0).all()):
+            return "the transpose is that of another pattern"
+        return None
 
     def t(self) -> SparsePattern:
         return SparsePattern(
@@ -209,19 +233,30 @@ class SparseLinear(nn.Module):
         rows, columns = key // max(in_features, 1), key % max(in_features, 1)
         pattern = SparsePattern.of(rows, columns, (out_features, in_features))
         self.out_features, self.in_features = out_features, in_features
-        self.longest_row = pattern.longest_row
-        buffers = {
-            "row_pointers": pattern.rows,
-            "columns": pattern.columns,
-            "transposed_row_pointers": pattern.transposed_rows,
-            "transposed_columns": pattern.transposed_columns,
-            "order": pattern.order,
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+        self._set_pattern(pattern)
         self.weight = nn.Parameter(torch.empty(len(columns), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    def _set_pattern(self, pattern: SparsePattern) -> None:
+        for name, attribute in _BUFFERS.items():
+            setattr(self, name, getattr(pattern, attribute))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """As usual, after which the transpose is made anew: that of a file may belong to another pattern."""
+        super()._load_from_state_dict(*arguments)
+        rows, columns, shape = self.row_pointers, self.columns, (self.out_features, self.in_features)
+        assert isinstance(rows, Tensor)
+        assert isinstance(columns, Tensor)
+        if rows.is_meta:
+            return
+        fault = _fault(rows, columns, shape)
+        if fault is None:
+            self._set_pattern(SparsePattern.of(torch.repeat_interleave(rows.diff()), columns, shape))
+        else:
+            arguments[-1].append(f"the pattern of a SparseLinear is broken: {fault}")
 
     def reset_parameters(self) -> None:
         """Uniform as `nn.Linear`, with the mean number of entries in a row as fan-in."""
@@ -248,6 +283,30 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, nnz={self.weight.numel()}, bias={self.bias is not None}"
+
+
+_BUFFERS = {
+    "row_pointers": "rows",
+    "columns": "columns",
+    "transposed_row_pointers": "transposed_rows",
+    "transposed_columns": "transposed_columns",
+    "order": "order",
+}
+
+
+def _fault(pointers: Tensor, columns: Tensor, shape: tuple[int, int]) -> str | None:
+    """What is wrong with the row pointers and the columns of a CSR matrix, or None."""
+    if pointers.dtype != torch.long or columns.dtype != torch.long or pointers.device != columns.device:
+        return "row pointers and columns are not int64 on one device"
+    if pointers.shape != (shape[0] + 1,) or columns.dim() != 1:
+        return f"row pointers {tuple(pointers.shape)} and columns {tuple(columns.shape)} for a matrix {shape}"
+    if int(pointers[0]) != 0 or int(pointers[-1]) != len(columns) or not bool((pointers.diff() >= 0).all()):
+        return f"the row pointers do not rise from 0 to {len(columns)}"
+    if not bool(((columns >= 0) & (columns < shape[1])).all()):
+        return f"columns out of range for a matrix {shape}"
+    if not bool(((torch.repeat_interleave(pointers.diff()) * shape[1] + columns).diff() > 0).all()):
+        return "the entries of a row are not sorted, or named twice"
+    return None
 
 
 def _pointers(sorted_rows: Tensor, count: int) -> Tensor:

@@ -206,7 +206,8 @@ class Equilibrium(nn.Module):
 
     def certificate(self) -> Certificate:
         """What is proven for every input the layer accepts; see `perron.certify`."""
-        with torch.no_grad():
+        # As in a solve: weights computed under autocast would be others.
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return self.derive(*as_map(self.cell))[0]
 
     def injected(self, x: Tensor) -> Tensor:
@@ -280,6 +281,8 @@ class Equilibrium(nn.Module):
             if isinstance(map, Opaque):
                 self._compare(map, b)
             return FixedPointProblem(map, b)
+        # Refused with the reason, rather than failing in some product.
+        map.sizes()
         certificate, positive = self._derive_concave(map)
         if not certificate:
             return FixedPointProblem(map, b, contracts=True)

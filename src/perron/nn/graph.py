@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from perron.activations import Activation, get_activation
-from perron.affine import SparseStep
+from perron.affine import Refusal, SparseStep
 from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep
 from perron.certificates import Certificate
 from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection, check_tensor
+from perron.rounding import unit_roundoff
 from perron.solvers import Solution, Solver
 from perron.structured import SparsePattern
 
@@ -167,6 +168,7 @@ class GraphEquilibrium(Equilibrium):
         (1, channels, nodes).
 
     Raises:
+        Refusal: the activation is none of `perron.activations`, or alpha was assigned out of range.
         ValueError: shapes, nodes out of range, negative weights, alpha outside of (0, 1].
         TypeError: x is not floating point.
 
@@ -197,6 +199,8 @@ class GraphEquilibrium(Equilibrium):
         self.activation, self.alpha, self.place = sigma, alpha, injection
         self.normalize = None if normalize is None else NormalizeStep(float(normalize), 1)
         self._adjacency = Adjacency()
+        # Refuses an activation whose facts are nobody's but the user's.
+        self._chain(*normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)).sizes()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, z0: Tensor | None = None
@@ -219,14 +223,21 @@ class GraphEquilibrium(Equilibrium):
             return self._solve(chain, b, None if z0 is None else self._to_state(z0.to(b.dtype)))
 
     def certificate(self) -> Certificate:
-        """What is proven for the last graph; before the first one, for a single node, which stands for every graph.
+        """What is proven for the last graph, solved in float32 and in float64; before the first one, for every graph.
 
-        The rules look at signs and spectral radii only, and these are the same for all normalised adjacencies.
+        The rules look at signs and spectral radii only. Those of all normalised adjacencies are the same but for rounding,
+        which a single node of a weight a little above 1 stands for.
         """
         with torch.no_grad():
             last = self._adjacency.last
-            pattern, values = last or normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)
-            return self.derive(self._chain(pattern, values), None)[0]
+            if last is None:
+                pattern, one = normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1, dtype=torch.float64)
+                # Of the entries, of 1 - alpha and of their product, and in float64 of whole rows.
+                matrices = [one * (1 + 4 * unit_roundoff(torch.float32))]
+            else:
+                pattern, matrices = last[0], [last[1].float(), last[1]]
+            found = [self.derive(self._chain(pattern, values), None)[0] for values in matrices]
+            return next((c for c in found if not c), found[0])
 
     def _problem(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor, Chain]:
         if x.dim() != 2:
@@ -242,7 +253,9 @@ class GraphEquilibrium(Equilibrium):
         return self._to_state(b), self._chain(pattern, values.to(x))
 
     def _chain(self, pattern: SparsePattern, values: Tensor) -> Chain:
-        step = SparseStep(((1 - self.alpha) * values,), None, pattern, pattern.longest_row)
+        if not 0 < self.alpha <= 1:
+            raise Refusal(f"alpha must be in (0, 1], got {self.alpha}")
+        step = SparseStep(((1 - self.alpha) * values,), None, pattern)
         parts: list[Any] = [step, InjectStep(), ActivationStep(self.activation)]
         if self.place == "outside":
             parts = [step, ActivationStep(self.activation), InjectStep()]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep, full_float32
-from perron.cells import ActivationStep, Chain, Map
+from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep, Refusal, full_float32
+from perron.cells import ActivationStep, Chain, InjectStep, Map
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.auto import Auto
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Uncompiled solves of a problem's shape before it is compiled; most steps of a compiled solve; solves in a row with
 # samples left over after which it is compiled again, with so many more steps; and how often at most.
 _SIGHTINGS, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 22, 4, 6, 3
+
+_COMPILABLE = {DenseStep, DiagonalLowRankStep, ActivationStep, InjectStep}
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
@@ -125,7 +127,7 @@ class Compiled(Auto):
         """The plan for problems of this shape; None where they cannot be compiled."""
         if not isinstance(map, Chain) or not Aggregation.possible(map) or not like.numel():
             return None
-        if self.verify == torch.float32 or not all(isinstance(s, DenseStep | DiagonalLowRankStep) for s in map.affine):
+        if self.verify == torch.float32 or not all(type(s) in _COMPILABLE for s in map.known):
             return None
         key = (what, _signature(map), like.shape, like.dtype, like.device, full_float32())
         return self.plans.setdefault(key, _Plan())
@@ -187,13 +189,17 @@ def _template(map: Map) -> Chain:
 
 
 def _signature(chain: Chain) -> tuple[Any, ...]:
+    """What tells apart the structures of chains of steps that can be compiled, which have no options but their tensors."""
     parts: list[Any] = []
-    for step in chain.steps:
+    for step in chain.known:
         if isinstance(step, ActivationStep):
-            parts.append(step.activation.name)
+            # Itself, not its name.
+            parts.append(step.activation)
         elif isinstance(step, AffineStep):
-            options = [getattr(step, f.name) for f in fields(step) if f.name not in ("weights", "bias")]
-            parts.append((type(step).__name__, tuple((tuple(t.shape), t.dtype) for t in step.tensors), repr(options)))
+            shapes = tuple((tuple(t.shape), t.dtype) for t in step.tensors)
+            parts.append((type(step), shapes, step.bias is None))
+        elif isinstance(step, InjectStep):
+            parts.append(InjectStep)
         else:
-            parts.append("inject")
+            raise Refusal(f"steps of class {type(step).__name__} are not compiled")
     return tuple(parts)
