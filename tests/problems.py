@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,22 @@ def long_picard(chain: Chain, b: Tensor, steps: int = 3000) -> Tensor:
 
 def truth(layer: Equilibrium, b: Tensor) -> Tensor:
     return long_picard(trace(layer.cell), b)
+
+
+def below_one(rows: list[list[Fraction]]) -> bool:
+    """Whether a nonnegative matrix A has spectral radius below 1: all leading minors of I - A are positive, exactly."""
+    a = [[Fraction(i == j) - x for j, x in enumerate(row)] for i, row in enumerate(rows)]
+    for k in range(len(a)):
+        if a[k][k] <= 0:
+            return False
+        for i in range(k + 1, len(a)):
+            share = a[i][k] / a[k][k]
+            a[i] = [x - share * y for x, y in zip(a[i], a[k], strict=True)]
+    return True
+
+
+def fractions(weight: torch.Tensor) -> list[list[Fraction]]:
+    return [[Fraction(x) for x in row] for row in weight.tolist()]
 
 
 @st.composite

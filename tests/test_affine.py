@@ -1,13 +1,26 @@
 """Every affine step against the dense matrix of the module it was read from."""
 
+import copy
+import math
+from fractions import Fraction
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from perron.affine import DenseStep, affine_step, full_float32
+from perron.affine import (
+    AffineStep,
+    ConvolutionStep,
+    DenseStep,
+    DiagonalLowRankStep,
+    MonotoneConvolutionStep,
+    Refusal,
+    affine_step,
+    full_float32,
+)
 from perron.nn import PositiveConcaveLinear
 from perron.solvers import Auto, Compiled, Picard
-from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
+from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear, transposed_kernel
 
 EDGES = torch.tensor([[0, 0, 1, 3, 4, 4], [1, 4, 2, 3, 0, 4]])
 STEPS = {
@@ -177,3 +190,159 @@ def test_fast_math_of_the_library_never_proves(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     assert not full_float32()
     assert DenseStep((torch.rand(2, 2),), None).plainly() is None
+
+
+# ----------------------------------------------------------------------------------- what bounds are made of, exactly
+
+
+def exact_sum(numbers: Tensor) -> Fraction:
+    return sum((abs(Fraction(x)) for x in numbers.flatten().tolist()), Fraction(0))
+
+
+def exact_row_sum(step: AffineStep) -> Fraction:
+    """The largest sum of |A_ij| over a row, or for products of weights of what bounds |A_ij|."""
+    first = step.weights[0]
+    if isinstance(step, DiagonalLowRankStep):
+        diagonal, left, right = step.weights
+        columns = [exact_sum(column) for column in right.t()]
+        rows = [
+            sum((abs(Fraction(x)) * c for x, c in zip(row, columns, strict=True)), Fraction(0)) for row in left.tolist()
+        ]
+        return max(abs(Fraction(d)) + row for d, row in zip(diagonal.tolist(), rows, strict=True))
+    if isinstance(step, MonotoneConvolutionStep):
+        k, skew = step.weights
+        image = [exact_sum(row) for row in k]
+        rows = [
+            sum((exact_sum(k[o, i]) * image[o] for o in range(len(k))), exact_sum(skew[i])) for i in range(k.shape[1])
+        ]
+        return abs(Fraction(step.identity)) + max(rows)
+    if isinstance(step, DenseStep | ConvolutionStep):
+        return max(exact_sum(row) for row in first)
+    rows = torch.repeat_interleave(step.pattern.rows.diff())
+    return max(exact_sum(first[rows == row]) for row in range(step.pattern.shape[0]))
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "pooling"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_row_sums_are_those_of_the_very_weights(name: str, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module = STEPS[name][0]().to(dtype)
+        step = affine_step(module).rebind([t.detach() for t in affine_step(module).tensors])
+        exact, found = exact_row_sum(step), Fraction(float(step.row_sums()))
+        assert exact <= found <= exact * (1 + Fraction(1, 10**12)) + Fraction(1, 10**290)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_margins_of_two_by_two_matrices(dtype: torch.dtype) -> None:
+    """I - (W + W^T)/2 = [[1 - a, -c], [-c, 1 - a]] has the least eigenvalue 1 - a - |c|, c = (b + d)/2."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        gap = 10.0 ** -float(1 + 14 * torch.rand((), generator=generator))
+        c = 2 * float(torch.rand((), generator=generator)) - 1
+        skew = 10 * float(torch.rand((), generator=generator))
+        weight = torch.tensor([[1 - abs(c) - gap, c + skew], [c - skew, 1 - abs(c) - gap]], dtype=dtype)
+        a, b, d = (Fraction(float(x)) for x in (weight[0, 0], weight[0, 1], weight[1, 0]))
+        exact = 1 - a - abs(b + d) / 2
+        found = DenseStep((weight,), None).margin()
+        assert Fraction(found) <= exact
+        assert found >= float(exact) - 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_margin_of_a_convolution_is_that_of_what_it_multiplies_with(dtype: torch.dtype) -> None:
+    """1 - m is rounded: with m = 1e-20 it is 1, and for A = 0 z = relu(z + b) has no or many fixed points."""
+    for m in (1e-20, 1e-9, 1e-3, 0.1, 1.5, 1e8):
+        module = MonotoneConvolution2d(2, 3, margin=m).to(dtype)
+        step = affine_step(module)
+        assert Fraction(step.margin()) <= 1 - Fraction(step.identity)
+        assert step.margin() >= (1 - step.identity) - 1e-15 * max(1, m)
+        v = torch.rand(1, 2, 4, 4, dtype=dtype)
+        torch.testing.assert_close(step(v), module(v))
+    assert affine_step(MonotoneConvolution2d(2, 3, margin=1e-20)).margin() <= 0
+    assert affine_step(MonotoneConvolution2d(2, 3, margin=1e-9)).margin() <= 0
+    assert affine_step(MonotoneConvolution2d(2, 3, margin=1e-9).double()).margin() > 0
+
+
+def test_only_antisymmetric_kernels_have_a_margin() -> None:
+    step = affine_step(MonotoneConvolution2d(3, 3).to(torch.bfloat16))
+    k, skew = step.weights
+    assert torch.equal(skew, -transposed_kernel(skew))
+    assert step.margin() > 0
+    skew = skew.detach().clone()
+    skew[0, 1, 0, 0] *= 1.01
+    assert step.rebind([k, skew]).margin() == -math.inf
+
+
+def test_what_underflows_inside_of_a_product_is_bounded() -> None:
+    """R^T v is 1e-350, which is 0, and L R^T v is 1e-50, which is not."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    step = DiagonalLowRankStep((torch.zeros(1, dtype=torch.float64), 1e300 * one, 1e-200 * one), None)
+    low, high = step.over(1e-150 * one, 1e-150 * one)
+    assert float(low) <= 1e-50 <= float(high)
+    assert float(step.underflow(torch.float64)) >= 1e-50
+
+
+def test_convolutions_take_no_batch_for_channels() -> None:
+    step = affine_step(nn.Conv1d(2, 2, 3, padding=1))
+    with pytest.raises(ValueError, match="channels"):
+        step(torch.rand(2, 5))
+
+
+# ------------------------------------------------------------------------------------------------------------- patterns
+
+
+def test_the_longest_row_is_that_of_the_loaded_pattern() -> None:
+    module = SparseLinear(torch.stack([torch.arange(6), torch.arange(6)]), 6)
+    other = SparseLinear(torch.stack([torch.zeros(6, dtype=torch.long), torch.arange(6)]), 6)
+    assert affine_step(module).terms == 1
+    module.load_state_dict(other.state_dict())
+    assert affine_step(module).terms == 6
+    assert module.pattern.t().longest_row == 1
+    v = torch.rand(2, 6)
+    torch.testing.assert_close(module(v), other(v))
+
+
+def test_a_transpose_that_belongs_to_another_pattern_is_made_anew() -> None:
+    module, state = SparseLinear(EDGES, 5), SparseLinear(EDGES, 5).state_dict()
+    stale = SparseLinear(torch.tensor([[0, 1, 2, 3, 3, 4], [0, 0, 1, 0, 4, 1]]), 5)
+    for name in ("transposed_row_pointers", "transposed_columns", "order"):
+        state[name] = getattr(stale, name)
+    module.load_state_dict(state)
+    assert module.pattern.fault() is None
+    step, eye = affine_step(module), torch.eye(5)
+    torch.testing.assert_close(step.transpose(eye, eye.shape), step.linear(eye).t())
+
+
+BREAK = {
+    "columns out of range": lambda m: m.columns.fill_(7),
+    "negative columns": lambda m: m.columns.fill_(-1),
+    "pointers that fall": lambda m: m.row_pointers.copy_(m.row_pointers.flip(0)),
+    "pointers that end early": lambda m: m.row_pointers.clamp_(max=3),
+    "an entry twice": lambda m: m.columns.copy_(torch.tensor([1, 1, 2, 3, 0, 4])),
+    "not sorted": lambda m: m.columns.copy_(torch.tensor([4, 1, 2, 3, 0, 4])),
+    "another transpose": lambda m: m.transposed_columns.copy_(m.transposed_columns.flip(0)),
+    "another order": lambda m: m.order.copy_(m.order.flip(0)),
+    "no permutation": lambda m: m.order.fill_(0),
+    "order out of range": lambda m: m.order.fill_(99),
+    "transposed pointers": lambda m: m.transposed_row_pointers.clamp_(max=2),
+    "values": lambda m: setattr(m, "weight", nn.Parameter(torch.rand(4))),
+    "features": lambda m: setattr(m, "in_features", 4),
+    "integers": lambda m: setattr(m, "columns", m.columns.int()),
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_broken_patterns_are_refused(name: str) -> None:
+    module = SparseLinear(EDGES, 5)
+    assert affine_step(module).sizes() == {"features": (5, 5)}
+    BREAK[name](module)
+    with pytest.raises(Refusal, match="pattern"):
+        affine_step(module).sizes()
+
+
+def test_broken_patterns_are_not_loaded() -> None:
+    state = copy.deepcopy(SparseLinear(EDGES, 5).state_dict())
+    state["columns"].fill_(7)
+    with pytest.raises(RuntimeError, match="out of range"):
+        SparseLinear(EDGES, 5).load_state_dict(state)

@@ -1,9 +1,14 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import nn
 
 from perron.activations import ACTIVATIONS
-from perron.cells import Activate, Inject, trace
+from perron.affine import DenseStep, Refusal
+from perron.cells import Activate, ActivationStep, Chain, ChainLinearization, Inject, InjectStep, trace
+from perron.contraction import contraction, degree, gain, sensitivity
+from perron.monotone import margin
 from perron.structured import DiagonalLowRank
 
 
@@ -83,3 +88,68 @@ def test_pullback_is_that_of_autograd(cell: nn.Module) -> None:
     some = chain.pullback(z, b, g, [False] + [True] * len(chain.tensors))
     assert some[0] is None
     assert all(t is not None for t in some[1:])
+
+
+def exact_relative(chain: Chain) -> Fraction:
+    """(1 + gamma_1)(1 + gamma_2) ... - 1 of the steps in float64."""
+    u, found = Fraction(1, 2**53), Fraction(1)
+    for step in chain.steps:
+        n = (
+            1
+            if isinstance(step, InjectStep)
+            else step.activation.ulps
+            if isinstance(step, ActivationStep)
+            else step.terms + 2
+        )
+        found *= 1 + n * u / (1 - n * u)
+    return found - 1
+
+
+def test_no_rounding_is_lost_beside_1() -> None:
+    """(1 + r)(1 + u) - 1 is r in floating point: a sum with an injection would cost nothing."""
+    matrix = DenseStep((torch.rand(3, 3, dtype=torch.float64),), None)
+    sigma = ActivationStep(ACTIVATIONS["tanh"])
+    for steps in ((InjectStep(),), (InjectStep(), matrix), (matrix, InjectStep(), sigma), (matrix, sigma) * 4):
+        chain = Chain(steps)
+        found, exact = Fraction(chain.rounding(torch.float64).relative), exact_relative(chain)
+        assert exact <= found <= exact * (1 + Fraction(1, 10**12))
+
+
+class Tenfold:
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        return 10 * v
+
+
+class TenfoldMatrix(DenseStep):
+    def apply(self, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return 10 * super().apply(v, bias)
+
+
+HALF = DenseStep((0.5 * torch.eye(2, dtype=torch.float64),), None)
+
+
+@pytest.mark.parametrize("step", [Tenfold(), TenfoldMatrix(HALF.weights, None)])
+def test_steps_that_nobody_knows_are_not_the_identity(step: object) -> None:
+    """A chain with one is evaluated, and nothing else."""
+    chain = Chain((HALF, step, InjectStep()))
+    z = torch.ones(1, 2, dtype=torch.float64)
+    assert float(chain(z, z).max()) >= 3.5
+    for ask in (
+        lambda: chain.rounding(torch.float64),
+        lambda: chain.at_zero(z),
+        lambda: chain.linear(z),
+        lambda: chain.plainly(),
+        lambda: chain.sizes(),
+        lambda: Chain((*chain.steps, ActivationStep(ACTIVATIONS["tanh"]))).single,
+        lambda: chain.pullback(z, z, z),
+        lambda: chain.linearize(z, z),
+        lambda: chain.linearize_steps(z, z, "upper"),
+        lambda: ChainLinearization(chain.steps, (z.shape,) * 3, (None,) * 3),
+        lambda: gain(chain),
+        lambda: degree(chain),
+        lambda: margin(chain),
+        lambda: contraction(chain, z),
+        lambda: sensitivity(chain, z, z, z),
+    ):
+        with pytest.raises(Refusal, match=type(step).__name__):
+            ask()

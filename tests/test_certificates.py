@@ -17,7 +17,7 @@ from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
 from perron.structured import DiagonalLowRank, SparseLinear
-from problems import dense_layer
+from problems import below_one, dense_layer, fractions
 
 
 def positive(module: nn.Module) -> nn.Module:
@@ -256,22 +256,6 @@ def assign(module: nn.Module, **weights: torch.Tensor) -> nn.Module:
     for name, weight in weights.items():
         setattr(module, name, nn.Parameter(weight, requires_grad=False))
     return module
-
-
-def below_one(rows: list[list[Fraction]]) -> bool:
-    """Whether a nonnegative matrix A has spectral radius below 1: all leading minors of I - A are positive, exactly."""
-    a = [[Fraction(i == j) - x for j, x in enumerate(row)] for i, row in enumerate(rows)]
-    for k in range(len(a)):
-        if a[k][k] <= 0:
-            return False
-        for i in range(k + 1, len(a)):
-            share = a[i][k] / a[k][k]
-            a[i] = [x - share * y for x, y in zip(a[i], a[k], strict=True)]
-    return True
-
-
-def fractions(weight: torch.Tensor) -> list[list[Fraction]]:
-    return [[Fraction(x) for x in row] for row in weight.tolist()]
 
 
 def near_critical(seed: int, n: int, dtype: torch.dtype, gap: float) -> tuple[nn.Sequential, list[list[Fraction]]]:

@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perron import certify
+from perron.activations import Activation
+from perron.affine import Refusal
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import normalized_adjacency
 from perron.solvers import Auto, Picard
+from problems import below_one, fractions
 
 PATH = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
 VARIANTS = [
@@ -189,3 +192,35 @@ def test_hard_inputs() -> None:
     for options in ({"alpha": 0.0}, {"alpha": 1.5}, {"injection": "before"}):
         with pytest.raises(ValueError, match="must be"):
             GraphEquilibrium("tanh", **options)
+
+
+def test_certificates_are_about_the_matrix_that_is_multiplied_with() -> None:
+    """1 - alpha and the adjacency are rounded to float32: with alpha = 2e-8 the radius of that matrix is above 1."""
+    for alpha in (2e-8, 5e-8):
+        layer = GraphEquilibrium("relu", alpha=alpha, solver=Picard(max_steps=3, on_failure="ignore"))
+        assert not layer.certificate(), "no graph is known yet"
+        refused = 0
+        for seed in range(20):
+            torch.manual_seed(seed)
+            nodes = 2 + seed % 5
+            edges = (torch.rand(nodes, nodes) < 0.5).nonzero().t()
+            layer.solve(torch.rand(nodes, 1), edges)
+            _, chain = layer._problem(torch.rand(nodes, 1), edges, None)
+            refused += not below_one(fractions(chain.steps[0].linear(torch.eye(nodes)).t()))
+            if layer.certificate():
+                assert below_one(fractions(chain.steps[0].linear(torch.eye(nodes)).t()))
+        assert refused > 3 or alpha > 2e-8
+    layer = GraphEquilibrium("relu", alpha=1e-6)
+    assert layer.certificate()
+    layer.solve(torch.rand(3, 2), PATH)
+    assert layer.certificate()
+
+
+def test_assigned_alphas_and_activations_of_somebody_are_refused() -> None:
+    layer = GraphEquilibrium("tanh+1.2")
+    layer.alpha = -1.0
+    with pytest.raises(Refusal, match="alpha"):
+        layer.solve(torch.rand(3, 2), PATH)
+    lie = Activation("tanh", lambda v: 10 * v, torch.ones_like, 0.0, 1.0, 0.0, 1.0)
+    with pytest.raises(Refusal, match="facts"):
+        GraphEquilibrium(lie)
