@@ -233,6 +233,22 @@ def test_row_sums_are_those_of_the_very_weights(name: str, dtype: torch.dtype) -
         assert exact <= found <= exact * (1 + Fraction(1, 10**12)) + Fraction(1, 10**290)
 
 
+@pytest.mark.parametrize("name", [n for n in STEPS if not n.startswith(("pool", "diagonal", "rank", "monotone"))])
+def test_terms_count_the_products_of_rows_and_of_columns(name: str) -> None:
+    module, v = build(name)
+    step = affine_step(module)
+    step = step.rebind([torch.ones_like(t) for t in step.tensors])
+    rows = step.linear(torch.ones_like(v))
+    columns = step.transpose(torch.ones_like(rows), v.shape)
+    assert max(float(rows.max()), float(columns.max())) <= step.terms
+
+
+def test_terms_of_products_count_all_of_their_sums() -> None:
+    module = MonotoneConvolution2d(2, 3)
+    module.a = nn.Parameter(torch.rand(50, 2, 3, 3))
+    assert affine_step(module).terms >= 2 * 9 + 50 * 9 + 2 * 9
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_margins_of_two_by_two_matrices(dtype: torch.dtype) -> None:
     """I - (W + W^T)/2 = [[1 - a, -c], [-c, 1 - a]] has the least eigenvalue 1 - a - |c|, c = (b + d)/2."""

@@ -1,6 +1,7 @@
 """Cells that contract: the factors, the enclosures they give, and what must be refused."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import mpmath
@@ -12,8 +13,18 @@ from torch import Tensor, nn
 
 from perron import certify
 from perron.activations import get_activation
-from perron.cells import Activate, ActivationStep, Chain, Inject, Normalize, trace
-from perron.contraction import _ball, _step_over, activation_degree, contraction, degree, gain
+from perron.affine import DenseStep, Refusal
+from perron.cells import Activate, ActivationStep, Chain, Inject, InjectStep, Normalize, trace
+from perron.contraction import (
+    _ball,
+    _step_over,
+    activation_degree,
+    contraction,
+    degree,
+    gain,
+    sensitivity,
+    variation,
+)
 from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
 from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
 from problems import long_picard
@@ -609,3 +620,93 @@ def test_underflow_in_a_subhomogeneous_cell_is_no_relative_error() -> None:
             z, before = chain(z, b), z
     lower, upper, proven = contraction(chain, b).enclose(before, z)
     assert not proven.all() or float(lower) <= exact <= float(upper)
+
+
+def chain_of(*scales: float, activation: str = "identity") -> Chain:
+    """z -> sigma(s_1 s_2 ... z + b) in one dimension, one matrix for each factor."""
+    maps = [DenseStep((torch.tensor([[s]], dtype=torch.float64),), None) for s in scales]
+    return Chain((*maps, InjectStep(), ActivationStep(get_activation(activation))))
+
+
+@pytest.mark.parametrize("scales", [(0.9,), (-0.9,), (3.0, -0.3), (1e-200, 1e-200, 1e300, 0.7e100), (1 - 1e-9,)])
+def test_the_gain_and_the_ball_are_attained_by_linear_maps(scales: tuple[float, ...]) -> None:
+    """z = kappa z + b has |z*| = |b|/(1 - kappa) for kappa > 0."""
+    chain = chain_of(*scales)
+    exact = abs(math.prod((Fraction(s) for s in scales), start=Fraction(1)))
+    assert exact <= Fraction(gain(chain)) <= exact * (1 + Fraction(1, 10**12))
+    if min(scales) < 1e-100:
+        # F(0) itself underflows on the way.
+        return
+    b = torch.full((1, 1), 3.0, dtype=torch.float64)
+    _, upper = _ball(chain, b)
+    fixed = 3 / (1 - exact)
+    assert fixed <= Fraction(float(upper)) <= fixed * (1 + Fraction(1, 10**5))
+
+
+def test_products_that_underflow_on_the_way_are_no_contraction() -> None:
+    """tanh(1.5 z + b) has three fixed points, though 1e-200 * 1e-200 is nothing."""
+    chain = chain_of(1e-200, 1e-200, 1e300, 1.5e100, activation="tanh")
+    b = torch.zeros(1, 1, dtype=torch.float64)
+    assert gain(chain) >= 1.5
+    assert not float(contraction(chain, b).factor) < 1
+
+
+def test_the_factor_of_the_weighted_norm_is_attained() -> None:
+    """The slope of tanh is 1 at 0, which lies in every box: |J| is |A| there."""
+    found = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        weight = 2 * torch.rand(2, 2, generator=generator, dtype=torch.float64) - 1
+        radius = float(torch.linalg.eigvals(weight.abs()).abs().max())
+        weight = weight * (1 - 10.0 ** -(1 + seed % 6)) / radius
+        matrix = [[abs(Fraction(x)) for x in row] for row in weight.tolist()]
+        chain = Chain((DenseStep((weight,), None), InjectStep(), ActivationStep(get_activation("tanh"))))
+        known = contraction(chain, torch.zeros(1, 2, dtype=torch.float64))
+        if known.supremum < 1:
+            found += 1
+            w, kappa = [Fraction(x) for x in known.weights[0].tolist()], Fraction(float(known.supremum))
+            rows = [sum((a * x for a, x in zip(row, w, strict=True)), Fraction(0)) for row in matrix]
+            ratio = max(row / x for row, x in zip(rows, w, strict=True))
+            assert ratio <= kappa <= ratio * (1 + Fraction(1, 10**12))
+    assert found > 20
+
+
+def test_slopes_and_their_variation_are_attained() -> None:
+    """tanh(a z) on [0, z]: slopes a at 0 and a (1 - tanh(a z)^2) at z; of two layers, at least the difference."""
+    a, z = 0.7, torch.full((1, 1), 1.3, dtype=torch.float64)
+    one = torch.ones_like(z)
+    chain = chain_of(a, activation="tanh")
+    steep, smallest, _ = sensitivity(chain, 0 * z, 0 * z, z)
+    flat = a * (1 - math.tanh(a * 1.3) ** 2)
+    assert a <= float(steep.matvec(one)) <= a * (1 + 1e-12)
+    assert a - flat <= float(variation(steep, smallest, one)) <= (a - flat) * (1 + 1e-10)
+    deep = Chain((chain.steps[2], *chain.steps))
+    steep, smallest, _ = sensitivity(deep, 0 * z, 0 * z, z)
+    inner = math.tanh(1.3)
+    change = a - a * (1 - inner**2) * (1 - math.tanh(a * inner) ** 2)
+    assert change <= float(variation(steep, smallest, one)) <= 1.5 * change
+
+
+@pytest.mark.parametrize("gap", [0.2, 1e-6, 1e-12])
+def test_degrees_below_zero_keep_their_digits(gap: float) -> None:
+    """sup t sech(t)^2/(1 - tanh(t) + gap): what is divided by cancels."""
+    shift = 1 + gap
+    with mpmath.workdps(40):
+        slope = lambda t: t * mpmath.sech(t) ** 2 / (mpmath.mpf(shift) - mpmath.tanh(t))
+        exact = max(slope(mpmath.mpf(k) / 50) for k in range(1, 1500))
+    assert activation_degree(f"tanh+{shift!r}", signed=True) >= exact
+
+
+def test_degrees_are_of_the_function_and_not_of_its_name() -> None:
+    sigmoid = get_activation("sigmoid")
+    other = replace(get_activation("tanh+0.1"), name="sigmoid")
+    assert activation_degree(other) == activation_degree("tanh+0.1") != activation_degree(sigmoid)
+
+
+def test_norms_assigned_out_of_range_have_no_degree() -> None:
+    cell = layer(torch.rand(2, 2), Activate("tanh+1.7"), Inject(), Normalize()).cell
+    assert degree(trace(cell)) < 1
+    for p, dim in ((0.5, None), (math.nan, None), (2.0, 0)):
+        cell[3].p, cell[3].dim = p, dim
+        with pytest.raises(Refusal, match="norm"):
+            degree(trace(cell))

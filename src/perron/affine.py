@@ -79,7 +79,7 @@ class AffineStep(ABC):
     @property
     @abstractmethod
     def terms(self) -> int:
-        """Products in the longest sum of A v."""
+        """Products in the longest sum of A v, or of A^T g."""
 
     @abstractmethod
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -236,7 +236,7 @@ class DenseStep(AffineStep):
 
     @property
     def terms(self) -> int:
-        return self.weight.shape[1]
+        return max(self.weight.shape)
 
     def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(v, self.weight, bias)
@@ -305,7 +305,7 @@ class SparseStep(AffineStep):
 
     @property
     def terms(self) -> int:
-        return self.pattern.longest_row
+        return max(self.pattern.longest_row, self.pattern.t().longest_row)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         (values,) = self.weights
@@ -398,7 +398,8 @@ class ConvolutionStep(AffineStep):
 
     @property
     def terms(self) -> int:
-        return self.weights[0][0].numel()
+        outputs, inputs = self.weights[0].shape[:2]
+        return max(inputs, outputs // self.groups) * math.prod(self.kernel)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         shape, dims = self.weights[0].shape, len(self.stride)
@@ -538,7 +539,8 @@ class MonotoneConvolutionStep(AffineStep):
 
     @property
     def terms(self) -> int:
-        return 3 * self.weights[0][:1].numel() + 8
+        k, skew = self.weights
+        return k[:1].numel() + k[:, :1].numel() + skew[:1].numel() + 8
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         k, skew = self.weights
