@@ -551,9 +551,10 @@ def test_no_false_certificates_at_scale() -> None:
     """A part of `make uniqueness`."""
     import uniqueness
 
-    results = uniqueness.measure(210, seed=3)
-    assert sum(r.get("false certificates", 0) for r in results.values()) == 0
-    assert sum(r["several fixed points found"] for r in results.values()) > 5
+    results = uniqueness.measure(300, seed=3)
+    searched = {family: results[family] for family in uniqueness.SEARCHED}
+    assert {k: r for k, r in searched.items() if r.get("false certificates") or r.get("exceptions")} == {}
+    assert sum(r["several fixed points found"] for r in searched.values()) > 5
 
 
 # ------------------------------------------------------------------------------------------------------- tight cases
