@@ -22,7 +22,7 @@ from perron.nn import (
 )
 from perron.solvers import Auto
 from perron.verify import Interval, certify_classes, propagate
-from perron.verify.interval import _around_centre, _shift, _thompson_distance
+from perron.verify.interval import _around_centre, _injections, _shift, _thompson_distance, _within_domain
 
 NETS = [
     (PositiveConcaveLinearNet(64, 10, width=12), (1, 8, 8)),
@@ -556,6 +556,23 @@ def test_softplus_injections_at_thresholds(value: float, radius: float) -> None:
     assert above - below <= ends[1] - ends[0] + 1e-9 * ends[1]
 
 
+def test_softplus_injections_are_widened_by_their_rounding() -> None:
+    x = torch.linspace(-18, 12, 3000, dtype=torch.float64).unsqueeze(1)
+    box = _injections("softplus", Interval(x, x))
+    with mpmath.workdps(40):
+        for v, below, above in zip(x[:, 0].tolist(), box.lower[:, 0].tolist(), box.upper[:, 0].tolist(), strict=True):
+            exact = max(mpmath.log1p(mpmath.exp(5 * mpmath.mpf(v))) / 5, mpmath.mpf(2) ** -123)
+            assert below <= exact <= above, v
+
+
+def test_the_domain_of_a_proof() -> None:
+    b = Interval(
+        torch.tensor([[0.0, 1.0], [1e-300, 1.0], [-1e-300, 1.0]], dtype=torch.float64), torch.ones(3, 2).double()
+    )
+    assert _within_domain(b, True).lower.isnan().any(1).tolist() == [True, False, True]
+    assert _within_domain(b, False).lower.isnan().any(1).tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "message"),
     [
@@ -628,3 +645,13 @@ def test_classes_of_modules_that_work_in_place() -> None:
     assert float(x[0, 0]) == -1
     assert found.predicted.tolist() == [0]
     assert float(found.margin) == pytest.approx(0.1)
+
+
+def test_random_networks_and_boxes() -> None:
+    """A part of what the benchmark of boxes measures."""
+    from boxes import measure
+
+    found = measure(2000, seed=3)
+    assert found["outside"] == found["inverted"] == 0
+    assert found["bounded"] > 0.9 * found["samples"]
+    assert found["points"] > 6 * found["bounded"]
