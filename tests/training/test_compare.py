@@ -174,7 +174,9 @@ def test_results_from_before_a_setting_existed_are_kept(tmp_path) -> None:
     assert "kept" in lines[0]
 
 
-def test_what_a_kill_left_is_done_again_and_loses_nothing(tmp_path) -> None:
+def test_what_a_kill_left_is_done_again_and_loses_nothing(tmp_path, monkeypatch) -> None:
+    # Pictures take longer than all else.
+    monkeypatch.setattr("perron.training.compare.write_comparison", lambda path, *_: path)
     silent = lambda line: None
     short = Settings(parameters=2000, epochs=1, limit=100)
     table = compare(["mondeq"], 1, short, tmp_path, write=silent)

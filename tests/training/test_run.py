@@ -164,24 +164,26 @@ def test_every_preset_parses() -> None:
         assert cli.trainer.max_epochs >= 10, name
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Runs with one of a single epoch, tested; copy it to change it."""
-    root = tmp_path_factory.mktemp("runs")
-    assert fit(root, "--trainer.max_epochs", "1") == 0
-    assert main(["test", "digits", "--runs", str(root)]) == 0
-    return root
+def write_no_pictures(path, **_):
+    """They take longer than all else."""
+    path.write_text("a page")
+    return path
 
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """They take longer than all else."""
+    monkeypatch.setattr(run, "write_report", write_no_pictures)
 
-    def write(path, **_):
-        path.write_text("a page")
-        return path
 
-    monkeypatch.setattr(run, "write_report", write)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs with one of a single epoch, tested; copy it to change it."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_report", write_no_pictures)
+        assert fit(root, "--trainer.max_epochs", "1") == 0
+        assert main(["test", "digits", "--runs", str(root)]) == 0
+    return root
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_the_arguments_of_a_callback_that_keeps_a_state_stay(runs, capsys) -> No
     assert contents(runs) == before
 
 
-def test_more_epochs_go_on_and_what_was_known_before_is_not_taken_for_new(runs, capsys) -> None:
+def test_more_epochs_go_on_and_what_was_known_before_is_not_taken_for_new(runs, capsys, monkeypatch) -> None:
     folder = runs / "digits" / "run-1"
     assert resume(runs, "--trainer.max_epochs", "3") == 0
     out = capsys.readouterr().out
@@ -244,6 +246,7 @@ def test_more_epochs_go_on_and_what_was_known_before_is_not_taken_for_new(runs, 
     # The test result was of the weights after the first epoch.
     assert "left out: the test evaluation of best.ckpt, epoch 1" in out
     assert "of the validation split, with the weights of epoch 3" in page
+    monkeypatch.setattr(run, "write_report", write_no_pictures)
     assert main(["test", "digits", "--runs", str(runs)]) == 0
     tested = json.loads((folder / "evaluation-test.json").read_text())
     assert (tested["times_evaluated"], tested["epochs"], tested["checkpoint"]) == (2, 3, "best.ckpt")
