@@ -31,7 +31,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 soundness: .venv/installed
-	$(BIN)/python benchmarks/soundness.py --samples 40000 --output benchmarks/results/soundness.json
+	$(BIN)/python benchmarks/soundness.py --samples 200000 --workers 2 --output benchmarks/results/soundness.json
 
 uniqueness: .venv/installed
 	$(BIN)/python benchmarks/uniqueness.py --maps 21000 --output benchmarks/results/uniqueness.json
