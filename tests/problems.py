@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -96,3 +97,50 @@ def write_graph(folder: Path, name: str, nodes: int = 60, hyper: bool = False, *
         arrays["edge_index"] = edges.astype(np.int32)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / GRAPHS[name][0], **{**arrays, **changes})
+
+
+def _density(repulsion: float) -> Callable[[Tensor], Tensor]:
+    """Density of the 5 lowest of 10 orbitals of a chain of sites that repel each other in the mean."""
+    hopping = torch.diag(torch.ones(9, dtype=torch.float64), 1)
+    energies = torch.linspace(-0.5, 0.5, 10, dtype=torch.float64)
+
+    def density(n: Tensor) -> Tensor:
+        sites = (energies + repulsion * n.double()).nan_to_num()
+        orbitals = torch.linalg.eigh(hopping + hopping.t() + torch.diag_embed(sites))[1]
+        return orbitals[..., :5].square().sum(-1).to(n.dtype)
+
+    return density
+
+
+def _diagonal(z: Tensor) -> Tensor:
+    return z * z.new_tensor([-3.0, -2.0, 0.5]) + 1
+
+
+def _rotation(z: Tensor) -> Tensor:
+    return 1.2 * torch.stack([-z[:, 1], z[:, 0]], 1) + z.new_tensor([1.0, 0.5])
+
+
+# Maps that Picard's steps leave, most of them expanding: f, entries, start, evaluations of Anderson(5) as in textbooks,
+# without any safeguard, to a relative residual of 1e-6 (the last one meets NaN).
+UNRULY: dict[str, tuple[Callable[[Tensor], Tensor], int, float, int]] = {
+    "diagonal": (_diagonal, 3, 0.0, 5),
+    "rotation": (_rotation, 2, 0.0, 4),
+    "steep sigmoid": (lambda z: torch.sigmoid(-8 * (z - 0.4)), 1, 0.0, 12),
+    "exponential": (lambda z: 3 * torch.exp(-2 * z), 1, 0.0, 12),
+    "density, U = 2": (_density(2.0), 10, 0.0, 10),
+    "density, U = 4": (_density(4.0), 10, 0.0, 11),
+    "density, U = 8": (_density(8.0), 10, 0.0, 13),
+    "logarithms": (lambda z: torch.log(3 / z) / torch.log(3.7477525683 * z / (z - 1)) + 1, 1, 1.001, 12),
+}
+
+
+class Counting(nn.Module):
+    """A cell z -> f(z) that counts its evaluations; the injection only gives the shape."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.evaluations = function, 0
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self.function(z)

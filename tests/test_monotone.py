@@ -402,7 +402,7 @@ def test_adjoint_bound_in_closed_form() -> None:
 def test_gradients_come_with_a_bound_where_the_jacobian_is_large() -> None:
     weight = random_weight(1, 6, 1.0, 0.3)
     assert float(torch.linalg.eigvals(weight).abs().max()) > 2
-    cell = layer(weight.float(), "tanh", solver=Auto(tol=1e-5, max_steps=4000))
+    cell = layer(weight.float(), "tanh", solver=Auto(tol=1e-6, max_steps=4000))
     b = torch.randn(3, 6, requires_grad=True)
     cell(b).sum().backward()
     assert bool((cell.last_solution.adjoint.error_bound < 0.1).all())

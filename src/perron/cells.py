@@ -398,6 +398,22 @@ class Chain:
         return z
 
     @property
+    def zero_costs(self) -> bool:
+        """Whether `at_zero` takes products."""
+        free = [isinstance(s, AffineStep) and s.bias is None for s in self.steps]
+        at = next(k for k, s in enumerate(self.steps) if isinstance(s, InjectStep))
+        return not all(free[:at]) or any(isinstance(s, AffineStep) for s in self.steps[at:])
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether f is affine in z."""
+        linear = (AffineStep, InjectStep)
+        return all(
+            isinstance(s, linear) or (isinstance(s, ActivationStep) and s.activation.name == "identity")
+            for s in self.steps
+        )
+
+    @property
     def per_sample(self) -> bool:
         """Whether the matrices differ from sample to sample."""
         return any(s.per_sample for s in self.affine)
@@ -911,6 +927,9 @@ def trace(cell: nn.Module, path: str | None = None) -> Chain:
     steps = _steps(cell, path or reading.name_of(cell))
     if sum(isinstance(s, InjectStep) for s in steps) != 1:
         raise Refusal("the cell must contain exactly one Inject()")
+    if not any(isinstance(s, ActivationStep) for s in steps):
+        # With the identity at the end it has the form sigma(A z + b) that solvers and proofs know.
+        steps.append(ActivationStep(ACTIVATIONS["identity"]))
     return Chain(tuple(steps))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from perron.nn import Equilibrium, Inject, PositiveConcaveConv2d, PositiveConcaveLinear
+from perron.nn import Activate, Equilibrium, Inject, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Auto, Compiled
 from problems import dense_layer, truth
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_compiled_is_solved_all_the_same() -> None:
     with torch.no_grad():
         for p in composed.parameters():
             p.abs_()
-    for cell in (composed, nn.Sequential(nn.Linear(4, 4), Inject())):
+    for cell in (composed, nn.Sequential(nn.Linear(4, 4), Inject(), Activate("erf"))):
         layer = Equilibrium(cell, injection="softplus", solver=Compiled(backend="eager", on_failure="ignore"))
         for _ in range(4):
             layer(torch.randn(3, 4)).sum().backward()

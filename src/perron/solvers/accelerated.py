@@ -37,10 +37,12 @@ __all__ = ["Accelerated", "Origin"]
 # Proofs tried on what the steps found, each from the exact residual that the one before has left; and searches in the
 # precision of the proof for samples that are not proven yet.
 _PROOFS, _SEARCHES = 3, 2
+# Evaluations of the proof in fixed steps.
+_FIXED_PROOF = 2
 # Part of the tolerance that a plain step from an exact residual may cost.
 _PLAIN = 1 / 8
-# Evaluations with which this is worth beginning.
-_LEAST = 5
+# Evaluations with which this is worth beginning; and that the smallest enclosure takes.
+_LEAST, _SMALLEST_PROOF = 5, 3
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,13 @@ class Accelerated(IterativeSolver):
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
         """A method for this problem, and where it starts. Without `origin` nothing is known of f."""
 
-    def patience(self, evaluations: int) -> int:
-        """Steps that a method may take before the proof, of so many evaluations that are left."""
+    def patience(self, evaluations: int, origin: Origin) -> int:
+        """Evaluations that a method may take before the proof, of so many that are left."""
         return evaluations
+
+    def successor(self, evaluations: int) -> IterativeSolver:
+        """Who solves the samples that are left, in so many evaluations."""
+        return Picard(self.tol, evaluations, self.stop, self.verify, "ignore")
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         if self.contracts(problem):
@@ -78,12 +84,13 @@ class Accelerated(IterativeSolver):
         if self.limit < _LEAST or not problem.injection.numel():
             return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore").solve(problem, z0)
         found = _Proving(self, problem, z0).run()
-        left = None if self.steps is not None else (~found.converged).nonzero().flatten()
-        if left is not None and left.numel():
-            budget = max(self.limit - int(found.steps.max()), 1)
-            picard = Picard(self.tol, budget, self.stop, self.verify, "ignore")
-            found = found.merged(picard.solve(problem.select(left)), left)
-        return found
+        if self.steps is not None:
+            return found
+        left = (~found.converged).nonzero().flatten()
+        budget = self.limit - int(found.steps[left].max()) if left.numel() else 0
+        if budget < _SMALLEST_PROOF:
+            return found
+        return found.merged(self.successor(budget).solve(problem.select(left)), left)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Without enclosure: stop by residual."""
@@ -113,13 +120,15 @@ class _Proving:
         # Farther points bound better what only long paths through W reach. In fixed steps there is one attempt only.
         self.orbit = 2 if solver.steps is None else min(3, max(2, solver.steps - 6))
         self.origin, self.slack = self._evaluate_origin()
-        self.steps = torch.full((len(self.b),), self.orbit - 1, dtype=torch.long, device=self.b.device)
+        self.begun = self.orbit - 1 + self.chain.zero_costs
+        self.steps = torch.full((len(self.b),), self.begun, dtype=torch.long, device=self.b.device)
 
     def _evaluate_origin(self) -> tuple[Origin, Tensor]:
         """f along 0, f(0), ..., and from it their mean with a proven lower bound of f there, in the proof's precision."""
         chain, b = self.low.map, self.low.injection
         assert isinstance(chain, Chain)
-        p = chain.at_zero(b)
+        self.at_zero = self.chain.at_zero(self.exact.injection)
+        p = self.at_zero.to(b.dtype)
         # Coarser steps than the layer's have rounded its weights and injections: they bound nothing of its map.
         exact = b.dtype == self.b.dtype
         plain = (chain.plainly() if exact else None) if self.proving else chain
@@ -127,7 +136,6 @@ class _Proving:
             plain, b, rounding = self.chain, self.exact.injection, self.rounding
         else:
             rounding = plain.rounding(b.dtype)
-        self.at_zero = self.chain.at_zero(self.exact.injection)
         at_p = last = plain(p.to(b.dtype), b)
         points = p.to(self.dtype)
         values = _below(self.at_zero, self.rounding) + _below(at_p.to(self.dtype), rounding)
@@ -142,35 +150,43 @@ class _Proving:
 
     def run(self) -> Solution:
         tol = self.solver.tol
-        found = self._search(self.low, self.origin, self.slack, self.z0, tol)
+        found = self._search(self.low, self.origin, self.slack, self.z0, tol, self.solver.limit - self.begun)
         best, rho = self._prove_all(self._nothing(), found, None)
         rate, candidate = found.rate.to(self.dtype), found.candidate.to(self.dtype)
         for _ in range(_SEARCHES if self.solver.steps is None else 0):
             left = (~self._accepted(best) & all_finite(self.b)).nonzero().flatten()
-            if not left.numel():
+            room = self.solver.limit - int(self.steps[left].max()) if left.numel() else 0
+            if room <= _PROOFS:
                 break
             # An enclosure that came out too wide is in proportion to rho.
             bound = relative_error_bound(best.upper, best.lower, best.upper)[left]
             goal = torch.where(best.proven[left], rho[left] * tol / bound, tol).clamp(1e-3 * tol, tol)
-            found = self._search_again(left, candidate, 0.5 * goal)
+            found = self._search_again(left, candidate, 0.5 * goal, room)
             best, again = self._prove_all(best, found, left)
             rho, rate = rho.index_copy(0, left, again), rate.index_copy(0, left, found.rate.to(self.dtype))
             candidate = candidate.index_copy(0, left, found.candidate)
         return self._solution(best, rate)
 
     def _search(
-        self, problem: FixedPointProblem, origin: Origin, slack: Tensor, z0: Tensor | None, goal: float | Tensor
+        self,
+        problem: FixedPointProblem,
+        origin: Origin,
+        slack: Tensor,
+        z0: Tensor | None,
+        goal: float | Tensor,
+        room: int,
     ) -> Found:
+        """Steps from z0, or from where the method starts, with `room` evaluations for them and their proof."""
         method, start = self.solver.method(problem, origin)
         if z0 is not None:
             start = torch.maximum(z0.to(origin.p), origin.p)
         fixed = self.solver.steps is not None
-        left = self.solver.limit - 1 - self.orbit if fixed else self.solver.patience(self.solver.limit - 1 - _PROOFS)
+        left = room - _FIXED_PROOF if fixed else self.solver.patience(room - _PROOFS, origin)
         found = iterate(problem, _Above(method, origin.p), start, Rule(goal, slack, True, max(left, 1), fixed))
         self._count(found.steps)
         return found
 
-    def _search_again(self, left: Tensor, candidate: Tensor, goal: Tensor) -> Found:
+    def _search_again(self, left: Tensor, candidate: Tensor, goal: Tensor, room: int) -> Found:
         """The samples of `left`, from where they are, in the precision of the proof."""
         model = self.origin.model
         origin = Origin(
@@ -181,7 +197,7 @@ class _Proving:
         start = candidate[left]
         start = torch.where(per_sample(all_finite(start), start), start, origin.at_p)
         before, self.steps = self.steps, torch.zeros_like(self.steps[left])
-        found = self._search(self.exact.select(left), origin, self.slack[left].to(self.dtype), start, goal)
+        found = self._search(self.exact.select(left), origin, self.slack[left].to(self.dtype), start, goal, room)
         self.steps = before.index_add(0, left, self.steps)
         return found
 
@@ -201,7 +217,7 @@ class _Proving:
         z, rate = found.candidate.to(self.dtype), found.rate.to(self.dtype)
         if self.solver.steps is not None:
             # With one attempt only, it starts from an exact residual.
-            self._count(2)
+            self._count(_FIXED_PROOF)
             z, rho = self._closer(where, z, self.chain(z, self.exact.injection), rate.clamp_min(0.3))
             return self._prove(None, z, rho)[0], rho
         promising = (rho <= self.solver.tol).nonzero().flatten()
@@ -296,14 +312,11 @@ class _Above:
     def trust(self) -> float:
         return self.method.trust
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        return torch.maximum(self.method.advance(z, fz), self.p)
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
+        return torch.maximum(self.method.advance(z, fz, room), self.p)
 
     def select(self, index: Tensor) -> _Above:
         return _Above(self.method.select(index), self.p[index])
-
-    def forget(self, mask: Tensor) -> None:
-        self.method.forget(mask)
 
 
 def _below(value: Tensor, rounding: Rounding) -> Tensor:

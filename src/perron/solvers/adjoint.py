@@ -30,7 +30,7 @@ from perron.rounding import Number, gamma, unit_roundoff
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import AdjointSolution, Solver, Structure, report_failure
 from perron.solvers.iteration import Found, Method, Rule, iterate
-from perron.solvers.mixing import Mixing
+from perron.solvers.mixing import TRUST, Mixing
 from perron.solvers.splitting import linear_splitting_for
 
 __all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
@@ -63,12 +63,12 @@ class _Linear:
 class _Mixed:
     """Mixing of the adjoint's residuals, corrected by the rank-one model where there is one."""
 
-    products, trust = 0, 1.0
+    products, trust = 0, TRUST
 
     def __init__(self, model: Aggregation | None, slope: Tensor | None, mixing: Mixing) -> None:
         self.model, self.slope, self.mixing = model, slope, mixing
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         residual = fz - z
         if self.model is None or self.slope is None:
             return self.mixing(z, residual)
@@ -77,9 +77,6 @@ class _Mixed:
     def select(self, index: Tensor) -> _Mixed:
         slope = None if self.slope is None else self.slope[index]
         return _Mixed(self.model, slope, self.mixing.select(index))
-
-    def forget(self, mask: Tensor) -> None:
-        self.mixing.forget(mask)
 
 
 def _norm(weights: Tensor, t: Tensor) -> Tensor:
@@ -203,7 +200,7 @@ def _iterate(
     jacobian = problem.jacobian
     # An operator known only through automatic differentiation acts on the whole batch.
     rule = replace(rule, compact=isinstance(jacobian, ChainLinearization))
-    method: Method = _Mixed(model, slope, Mixing(_WINDOW))
+    method: Method = _Mixed(model, slope, Mixing(_WINDOW, linear=True))
     start = problem.v
     if structure == "contracting" and isinstance(jacobian, ChainLinearization):
         direct = _direct(problem, jacobian)

@@ -183,7 +183,7 @@ class ChannelAggregation(Aggregation):
         one = torch.ones_like(onto[:1])
         rows, columns = (_convolve(one, self.taps, t).flatten() for t in (transposed, not transposed))
         steep = mass.flatten(1) * rows
-        mixing, a = Mixing(_FIELD_STEPS), torch.zeros_like(onto)
+        mixing, a = Mixing(_FIELD_STEPS, linear=True), torch.zeros_like(onto)
         left = onto
         for k in range(_FIELD_STEPS):
             a = mixing(a, _rank_one(steep, columns, rows.sum(), left, columns, steep))

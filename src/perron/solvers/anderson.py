@@ -19,11 +19,13 @@ __all__ = ["Anderson"]
 class Anderson(Accelerated):
     """Anderson acceleration (Anderson 1965; Walker & Ni 2011), regularised and safeguarded per sample.
 
-    Where a mixed point has a larger residual than the best one before it, the next point is Picard's from that one.
+    Where a mixed point has a residual ten times that of the best one before it, or is not a number, the next point is half
+    of the way there from the last accepted one.
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
         window: earlier steps that are mixed.
+        damping: the mixing parameter beta, in (0, 1]: z + beta (f(z) - z), less what the window explains of it.
 
     Raises:
         ValueError: an option is out of range.
@@ -35,14 +37,17 @@ class Anderson(Accelerated):
     """
 
     window: int = 5
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
-        mixing = Mixing(self.window)
+        mixing = Mixing(self.window, self.damping)
         if origin is None:
             return Mixed(None, mixing), torch.zeros_like(problem.injection)
         return Mixed(None, mixing), mixing(origin.p, origin.at_p.to(origin.p.dtype) - origin.p)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perron.cells import Chain
+from perron.contraction import gain
 from perron.solvers.accelerated import Accelerated, Origin
 from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import FixedPointProblem, Solution
+from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixed, Mixing
-from perron.solvers.picard import Picard
+from perron.solvers.newton import MonotoneNewton
 from perron.solvers.splitting import splitting_for
 
 __all__ = ["Auto"]
 
-# Steps before Picard takes over; and Picard steps on a map without structure before its rate is judged.
-_STEPS, _TRIAL = 14, 6
-# Multiplications of a product below which its overhead counts more; mismatch of the rank-one model beyond which Picard
-# tries first; and how many steps it may take.
-_SMALL, _POOR, _FEW = 10_000_000, 0.4, 30
+# Aggregated steps before Newton's method takes over.
+_STEPS = 14
+# Multiplications of a product below which the model is judged first; and the mismatch beyond which it is not used.
+_SMALL, _POOR = 10_000_000, 0.4
+# Differences that are mixed where there is no model.
+_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,28 @@ class Auto(Accelerated):
     """Chooses the method from the structure of the cell and the residual ratio it sees.
 
     Certified cells with one activation, at their end, take aggregation steps mixed after Anderson, which reach the fixed
-    point in a few evaluations however hard the map is for Picard. Where the cell is small and far from rank one, and for
-    other certified cells, `Picard` tries first, which extrapolates and whose steps are cheap. Maps without structure take
-    Picard steps, and `Anderson` steps where those converge slowly.
+    point in a few evaluations however hard the map is for Picard; where the cell is far from rank one, `MonotoneNewton`.
+    Cells that contract by operator splitting take its steps, and all others `Anderson` steps.
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
-        window: of the mixing.
+        window: of the mixing of aggregated steps.
     """
 
     window: int = 3
 
-    def patience(self, evaluations: int) -> int:
-        return min(evaluations, _STEPS)
+    def patience(self, evaluations: int, origin: Origin) -> int:
+        return evaluations if origin.model is None else min(evaluations, _STEPS)
+
+    def successor(self, evaluations: int) -> IterativeSolver:
+        return self._newton(evaluations)
+
+    def _newton(self, evaluations: int) -> MonotoneNewton:
+        return MonotoneNewton(self.tol, evaluations, self.stop, self.verify, "ignore", None, self.precision)
 
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
         if origin is None or origin.model is None:
-            return Mixed(None, Mixing(max(self.window, 5))), torch.zeros_like(problem.injection)
+            return _mixed(problem), torch.zeros_like(problem.injection) if origin is None else origin.p
         assert isinstance(problem.map, Chain)
         base = Chain(problem.map.steps[:-1]).at_zero(problem.injection)
         return Mixed(origin.model, Mixing(self.window)), origin.model.start(base)
@@ -55,44 +62,31 @@ class Auto(Accelerated):
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         chain = problem.map
         if self.contracts(problem):
-            return solve_by_contraction(self, problem, None, z0)
-        if not (self.encloses(problem) and isinstance(chain, Chain)):
-            return super()._solve(problem, z0)
-        picard = Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps)
-        if not Aggregation.possible(chain):
-            return picard.solve(problem, z0)
-        if self.steps is None and self._simple_steps_pay(chain, problem.injection):
-            few = min(_FEW, self.max_steps)
-            found = replace(picard, max_steps=few).solve(problem, z0)
-            left = (~found.converged).nonzero().flatten()
-            if few < self.max_steps and left.numel():
-                rest = replace(self, max_steps=self.max_steps - few)
-                found = found.merged(super(Auto, rest)._solve(problem.select(left), None), left)
-            return found
+            assert isinstance(chain, Chain)
+            # Beyond a gain of 1 the cell is monotone, if it is anything.
+            method = None if gain(chain) >= 1 else _mixed(problem)
+            return solve_by_contraction(self, problem, method, z0)
+        if self.steps is None and self.encloses(problem) and _far_from_rank_one(problem):
+            return self._newton(self.max_steps).solve(problem, z0)
         return super()._solve(problem, z0)
 
-    @staticmethod
-    def _simple_steps_pay(chain: Chain, injection: Tensor) -> bool:
-        """Whether a step's cost is its overhead rather than its products, and the model too poor to save many steps."""
-        work = injection.numel() * sum(step.terms for step in chain.affine)
-        if not 0 < work < _SMALL:
-            return False
-        model = Aggregation.of(chain, injection)
-        return model is not None and model.mismatch(chain, injection) > _POOR
-
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        """Picard steps first: a map on which they are fast needs nothing else."""
-        if (splitting := splitting_for(problem)) is not None:
-            return solve_by_residual(self, problem, splitting, z0)
-        if self.steps is not None:
-            return super()._observe(problem, z0)
-        trial = min(_TRIAL, self.limit)
-        first = solve_by_residual(replace(self, max_steps=trial), problem, None, z0)
-        left = (~first.converged).nonzero().flatten()
-        if not left.numel() or trial == self.limit:
-            return first
-        rest = problem.select(left)
-        slow = bool(first.rate[left].median() > 0.3)
-        method = self.method(rest, None)[0] if slow else None
-        budget = replace(self, max_steps=self.limit - trial)
-        return first.merged(solve_by_residual(budget, rest, method, first.value[left]), left)
+        splitting = splitting_for(problem)
+        return super()._observe(problem, z0) if splitting is None else solve_by_residual(self, problem, splitting, z0)
+
+
+def _mixed(problem: FixedPointProblem) -> Mixed:
+    """Mixing without a model."""
+    linear = isinstance(problem.map, Chain) and problem.map.is_affine
+    return Mixed(None, Mixing(_WINDOW, linear=linear))
+
+
+def _far_from_rank_one(problem: FixedPointProblem) -> bool:
+    """Whether the rank-one model is too poor to save many steps, as far as that is cheap to know."""
+    chain, injection = problem.map, problem.injection
+    assert isinstance(chain, Chain)
+    work = injection.numel() * sum(step.terms for step in chain.affine)
+    if not 0 < work < _SMALL:
+        return False
+    model = Aggregation.of(chain, injection)
+    return model is not None and model.mismatch(chain, injection) > _POOR

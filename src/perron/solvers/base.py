@@ -141,12 +141,14 @@ class Solution:
         return replace(first, **found)
 
     def merged(self, rest: Solution, index: Tensor) -> Solution:
-        """The samples of `index` taken from `rest`, which went on from here: its evaluations are added."""
+        """The samples of `index` taken from `rest` unless what is known here is better; its evaluations are added."""
         parts: dict[str, Any] = {"steps": self.steps.index_add(0, index, rest.steps)}
+        better = (rest.error_bound <= self.error_bound[index]).nonzero().flatten()
+        index = index[better]
         for name in ("value", "lower", "upper", "residual", "error_bound", "rate", "converged", "proven"):
             old, new = getattr(self, name), getattr(rest, name)
             if old is not None:
-                parts[name] = old.index_copy(0, index, new.to(old.dtype))
+                parts[name] = old.index_copy(0, index, new[better].to(old.dtype))
         return replace(self, **parts)
 
 

@@ -37,7 +37,7 @@ class Broyden(Accelerated):
         rule = _InverseJacobian(self.memory)
         if origin is None:
             return rule, torch.zeros_like(problem.injection)
-        return rule, rule.advance(origin.p, origin.at_p.to(origin.p.dtype))
+        return rule, rule.advance(origin.p, origin.at_p.to(origin.p.dtype), 0)
 
 
 class _InverseJacobian:
@@ -52,7 +52,7 @@ class _InverseJacobian:
         self._right: list[Tensor] = []
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         shape = z.shape
         z, d = z.flatten(1), (fz - z).flatten(1)
         if self._last is not None:
@@ -84,7 +84,3 @@ class _InverseJacobian:
         new._right = [t[index] for t in self._right]
         new._last = None if self._last is None else (self._last[0][index], self._last[1][index])
         return new
-
-    def forget(self, mask: Tensor) -> None:
-        keep = ~mask.unsqueeze(1)
-        self._left = [torch.where(keep, t, 0.0) for t in self._left]

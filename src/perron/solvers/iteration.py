@@ -1,8 +1,8 @@
 """The loop that all accelerated methods share: evaluate f, measure the residual, let the method choose the next point.
 
 Samples that are done leave the batch. The host looks at the device only at steps foreseen from the observed rate. A
-point whose residual has grown beyond the method's trust is taken back: its sample goes to f of the best point so far,
-which is Picard's next iterate from there.
+point whose residual has grown beyond the method's trust, or is not a number, is taken back: its sample goes half of the
+way from the last accepted point.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = ["Found", "Method", "Plain", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.04, 1.0), 8
+# Steps of methods that mix are not of one rate.
+_BLIND_MIXED = 2
 # Steps without a smaller residual after which rounding must be what keeps a sample from its goal.
 _STANDSTILL = 16
 # A candidate should be this much closer than the goal: a proof that fails costs more than a step.
@@ -41,7 +43,7 @@ class Method(Protocol):
     """Chooses the next point from z and f(z); may remember earlier ones.
 
     Attributes:
-        products: with the Jacobian that the last `advance` took; they count as evaluations.
+        products: with the Jacobian, and further evaluations of f, that the last `advance` took.
         trust: how far the residual may grow over the least one before the point is taken back.
     """
 
@@ -51,14 +53,12 @@ class Method(Protocol):
     @property
     def products(self) -> int: ...
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor: ...
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
+        """The next point, with at most `room` products."""
+        ...
 
     def select(self, index: Tensor) -> Method:
         """The method for these samples of the batch only."""
-        ...
-
-    def forget(self, mask: Tensor) -> None:
-        """Drop what was remembered of the samples where `mask` holds."""
         ...
 
 
@@ -67,11 +67,11 @@ class Found:
     """Where the iteration ended, per sample.
 
     Attributes:
-        z, value: the last point where f was evaluated, and f there.
+        z, value: the last accepted point, and f there.
         candidate: the point that the method would have gone to.
         measure: of the residual f(z) - z.
         rate: the last ratio of two measures.
-        steps: (batch,) evaluations.
+        steps: (batch,) evaluations, products among them.
     """
 
     z: Tensor
@@ -91,7 +91,7 @@ class Rule:
         slack: (batch, ...) what the residual is divided by, entrywise; None for the largest entry of f(z).
         ahead: judge the candidate, expected `rate` times closer than z, rather than z; and give up on samples which
             rounding or their rate keep from getting there.
-        limit: at most this many steps.
+        limit: at most this many evaluations, products among them.
         fixed: take all of them, and never look.
         weights: (batch, ...) or None: measure sum_i w_i |residual_i| / sum_i w_i |f(z)_i| instead.
         compact: let samples that are done leave the batch.
@@ -131,11 +131,10 @@ class Rule:
 def iterate(problem: Iterated, method: Method, z: Tensor, rule: Rule) -> Found:
     """Run the method from z on all samples, each until `rule` is met or hopeless."""
     loop = _Loop(problem, method, z, rule)
-    for k in range(1, rule.limit + 1):
-        loop.step(k)
-        if k == rule.limit or (not rule.fixed and k >= loop.next_look and loop.look(k)):
-            break
-    return loop.finish()
+    while True:
+        loop.step()
+        if loop.taken >= rule.limit or (not rule.fixed and loop.rounds >= loop.next_look and loop.look()):
+            return loop.finish()
 
 
 def solve_by_residual(
@@ -173,14 +172,11 @@ class Plain:
 
     products, trust = 0, math.inf
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         return fz
 
     def select(self, index: Tensor) -> Plain:
         return self
-
-    def forget(self, mask: Tensor) -> None:
-        pass
 
 
 class _Loop:
@@ -191,57 +187,75 @@ class _Loop:
         batch = len(z)
         self.index: Tensor | None = None
         self.result: Found | None = None
-        self.fz = self.best = z
+        self.fz = z
         self.measure = torch.full((batch,), math.inf, dtype=z.dtype, device=z.device)
-        self.least = self.measure
+        self.first = self.least = self.measure
         self.rate = torch.ones_like(self.measure)
         self.steps = torch.zeros(batch, dtype=torch.long, device=z.device)
         self.still = torch.zeros(batch, dtype=z.dtype, device=z.device)
-        self.plain = torch.ones(batch, dtype=torch.bool, device=z.device)
         self.candidate = z
-        self.next_look = 1
+        self.taken, self.rounds, self.next_look = 0, 0, 1
 
-    def step(self, k: int) -> None:
+    def step(self) -> None:
+        self.rounds += 1
+        first = self.rounds == 1
         z = self.candidate
         fz = self.problem(z)
-        if k == 1 and fz.shape != z.shape:
+        if first and fz.shape != z.shape:
             raise ValueError(
                 f"the cell maps shape {tuple(z.shape)} to {tuple(fz.shape)}; a fixed point needs equal shapes"
             )
         measure = self.rule.measure(fz, fz - z)
-        if k > 1:
+        retreat: tuple[Tensor, Tensor] | None = None
+        if not first:
+            z, fz, measure, retreat = self._judge(z, fz, measure)
             # A residual can be exactly zero; 0/0 must not become NaN.
             self.rate = (measure / self.measure.clamp_min(torch.finfo(measure.dtype).tiny)).clamp(*_RATES)
-        back = (measure > self.method.trust * self.least) & ~self.plain
+        else:
+            self.first = measure
         self.z, self.fz, self.measure = z, fz, measure
-        candidate = self.method.advance(z, fz)
-        # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
-        asks = not self.rule.fixed and z.device.type == "cpu"
-        if k > 1 and self.method.trust < math.inf and not (asks and not bool(back.any())):
-            mask = per_sample(back, z)
-            candidate = torch.where(mask, self.best, candidate)
-            fz = torch.where(mask, self.best, fz)
-            self.method.forget(back)
+        candidate = self.method.advance(z, fz, max(self.rule.limit - self.taken - 2, 0))
+        self.candidate = candidate if retreat is None else torch.where(*retreat, candidate)
         if self.rule.patient:
             self.still = torch.where(measure < self.least, 0.0, self.still + 1)
-        self.best, self.least, self.plain = fz, torch.minimum(measure, self.least), back
-        self.candidate = candidate
-        self.steps = self.steps + 1 + self.method.products
+        self.least = torch.minimum(measure, self.least)
+        self.taken += 1 + self.method.products
+        self.steps = self.steps + (1 + self.method.products)
 
-    def look(self, k: int) -> bool:
+    def _judge(
+        self, z: Tensor, fz: Tensor, measure: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """The point with its measure, or the last accepted one where it is taken back; there, where to go instead."""
+        if math.isinf(self.method.trust):
+            return z, fz, measure, None
+        # NaN compares false.
+        back = ~(measure <= self.method.trust * self.least)
+        # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
+        if not self.rule.fixed and z.device.type == "cpu" and not bool(back.any()):
+            return z, fz, measure, None
+        mask = per_sample(back, z)
+        half = torch.lerp(self.z, z, 0.5)
+        half = torch.where(half.isfinite(), half, torch.lerp(self.z, self.fz, 0.5))
+        measure = torch.where(back, self.measure, measure)
+        return torch.where(mask, self.z, z), torch.where(mask, self.fz, fz), measure, (mask, half)
+
+    def look(self) -> bool:
         """Whether all are done; decides when to look again, and lets go of samples that are done."""
+        k = self.rounds
         tol = self.rule.tol if isinstance(self.rule.tol, Tensor) else torch.full_like(self.measure, self.rule.tol)
         floor = self.rule.floor(self.fz) if self.rule.ahead else torch.zeros_like(self.measure)
         # One transfer; what follows is the host's arithmetic. Comparisons with NaN are false: nobody waits for such a
         # sample, nor for one that rounding keeps from the goal.
-        facts = torch.stack([self.measure, self.rate, floor, tol.to(floor), self.still])
-        measure, rate, floor, tol, still = facts.double().cpu().numpy()
+        facts = torch.stack([self.measure, self.rate, floor, tol.to(floor), self.still, self.first, self.least])
+        measure, rate, floor, tol, still, first, least = facts.double().cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.rule.ahead:
                 measure = 2 * measure * rate + floor
                 running = (_MARGIN * measure > tol) & (_MARGIN * floor <= 0.8 * tol)
                 if k > 2 and not self.rule.patient:
-                    running &= measure * rate ** (self.rule.limit - k) <= tol
+                    # One bad step is no reason to give up: the mean rate must promise too little, too.
+                    hope = np.minimum(rate, (least / first) ** (1 / (k - 1)))
+                    running &= measure * hope ** ((self.rule.limit - self.taken) * k / self.taken) <= tol
             else:
                 running = measure > tol
             # Who has diverged will not come back, and who stands still (only counted if `patient`) will not move.
@@ -250,7 +264,8 @@ class _Loop:
             if count == 0:
                 return True
             wanted = np.log(tol / measure)[running] / (1.1 * np.log(np.minimum(rate, 0.999))[running]) if k > 1 else 1
-        self.next_look = k + min(max(1, int(np.max(wanted))), _BLIND)
+        blind = _BLIND if math.isinf(self.method.trust) else _BLIND_MIXED
+        self.next_look = k + min(max(1, int(np.max(wanted))), blind)
         if self.rule.compact and count <= len(running) / 2:
             self._keep(torch.from_numpy(running).to(self.z.device))
         return False
@@ -264,7 +279,7 @@ class _Loop:
             self.method.select(keep),
             self.rule.select(keep),
         )
-        for name in ("z", "fz", "best", "measure", "least", "rate", "steps", "still", "plain", "candidate"):
+        for name in ("z", "fz", "measure", "first", "least", "rate", "steps", "still", "candidate"):
             setattr(self, name, getattr(self, name)[keep])
 
     def _store(self) -> None:

@@ -1,9 +1,12 @@
-"""Anderson mixing, per sample, with an orthonormal window.
+"""Anderson mixing, per sample, on an orthogonal window.
 
-Each call takes z and a step d = g(z) - z of some fixed point iteration g, and returns z + d less the part that earlier
-differences explain: the least-squares combination of Anderson (1965), in the form of generalised conjugate residuals
-(differences of d kept orthonormal), which needs no normal equations. Differences that the window explains already, up
-to a thousandth, are left out, which regularises the least-squares problem.
+Each call takes z and a step d = g(z) - z of some fixed point iteration g, and returns the mixed point z + beta d, less the
+part of z and d that earlier differences explain: the least-squares combination of Anderson (1965). The differences are made
+orthogonal from the newest to the oldest (Gram and Schmidt), which needs no normal equations; older ones that newer ones
+explain already, up to a tenth, are left out, so that what is kept is never stale.
+
+Differences of a linear map do not go stale. There the basis is kept and the newest difference made orthogonal to it, which
+is the method of generalised conjugate residuals.
 """
 
 from __future__ import annotations
@@ -16,76 +19,91 @@ from torch import Tensor
 if TYPE_CHECKING:
     from perron.solvers.aggregation import Aggregation
 
-__all__ = ["Mixed", "Mixing"]
+__all__ = ["TRUST", "Mixed", "Mixing"]
+
+# Mixed residuals may rise before they fall: a step with |J| > 1 is explored at its cost.
+TRUST = 10.0
+# Part of a difference, in norm, that must be new for it to count; of linear maps, what rounding leaves.
+_NEW, _NEW_LINEAR = 0.1, 1e-3
 
 
 class Mixing:
     """Anderson mixing of (batch, ...) iterates.
 
     Args:
-        window: differences that are kept; when it is full, the oldest ones go together, all but the last.
+        window: differences that are kept; beyond it the oldest is dropped.
+        damping: beta.
+        linear: whether g is affine.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self._states: list[Tensor] = []
-        self._steps: list[Tensor] = []
-        self._last: tuple[Tensor, Tensor] | None = None
+    def __init__(self, window: int, damping: float = 1.0, *, linear: bool = False) -> None:
+        self.window, self.damping, self.linear = window, damping, linear
+        # Steps and states side by side: (batch, 2 entries), newest first, and for linear maps their orthogonal basis.
+        self._last: Tensor | None = None
+        self._differences: list[Tensor] = []
+        self._basis: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, z: Tensor, d: Tensor) -> Tensor:
         shape = z.shape
-        z, d = z.flatten(1), d.flatten(1)
+        pair = torch.cat([d.flatten(1), z.flatten(1)], 1)
         if self._last is not None:
-            self._remember(z - self._last[0], d - self._last[1])
-        self._last = (z, d)
-        for state, step in zip(self._states, self._steps, strict=True):
-            part = (step * d).sum(1, keepdim=True)
-            z, d = torch.addcmul(z, part, state, value=-1), torch.addcmul(d, part, step, value=-1)
-        return (z + d).view(shape)
+            self._remember(pair - self._last)
+        self._last = pair
+        for vector, weight in self._basis:
+            pair = _reduce(pair, vector, weight)
+        step, state = pair.chunk(2, 1)
+        return torch.add(state, step, alpha=self.damping).view(shape)
+
+    def _remember(self, difference: Tensor) -> None:
+        if self.linear:
+            self._basis = self._basis[-self.window + 1 :] if self.window > 1 else []
+            self._basis.append(_orthogonal(difference, self._basis, _NEW_LINEAR))
+            return
+        self._differences = [difference, *self._differences[: self.window - 1]]
+        self._basis = []
+        for old in self._differences:
+            self._basis.append(_orthogonal(old, self._basis, _NEW))
 
     def select(self, index: Tensor) -> Mixing:
         """The same for these samples only."""
-        new = Mixing(self.window)
-        new._states = [t[index] for t in self._states]
-        new._steps = [t[index] for t in self._steps]
-        new._last = None if self._last is None else (self._last[0][index], self._last[1][index])
+        new = Mixing(self.window, self.damping, linear=self.linear)
+        new._last = None if self._last is None else self._last[index]
+        new._differences = [t[index] for t in self._differences]
+        new._basis = [(t[index], weight[index]) for t, weight in self._basis]
         return new
 
-    def forget(self, mask: Tensor) -> None:
-        """Drop the window of the samples where `mask`, (batch,), holds."""
-        keep = ~mask.unsqueeze(1)
-        self._states = [torch.where(keep, t, 0.0) for t in self._states]
-        self._steps = [torch.where(keep, t, 0.0) for t in self._steps]
 
-    def _remember(self, state: Tensor, step: Tensor) -> None:
-        size = step.norm(dim=1, keepdim=True)
-        for old_state, old_step in zip(self._states, self._steps, strict=True):
-            part = (old_step * step).sum(1, keepdim=True)
-            state = torch.addcmul(state, part, old_state, value=-1)
-            step = torch.addcmul(step, part, old_step, value=-1)
-        left = step.norm(dim=1, keepdim=True)
-        # What the window explains already up to rounding would only add noise.
-        scale = torch.where((left > 1e-3 * size) & (left > torch.finfo(left.dtype).tiny), 1 / left, 0.0)
-        if len(self._states) >= self.window:
-            self._states, self._steps = self._states[-1:], self._steps[-1:]
-        self._states.append(state * scale)
-        self._steps.append(step * scale)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(batch, 1) inner products of the steps of two pairs."""
+    entries = a.shape[1] // 2
+    return (a[:, :entries] * b[:, :entries]).sum(1, keepdim=True)
+
+
+def _reduce(pair: Tensor, vector: Tensor, weight: Tensor) -> Tensor:
+    return torch.addcmul(pair, _dot(vector, pair) * weight, vector, value=-1)
+
+
+def _orthogonal(pair: Tensor, basis: list[tuple[Tensor, Tensor]], new: float) -> tuple[Tensor, Tensor]:
+    """What the basis does not explain of a pair, and one over its square; 0 where that is too little to count."""
+    size = _dot(pair, pair)
+    for vector, weight in basis:
+        pair = _reduce(pair, vector, weight)
+    left = _dot(pair, pair) if basis else size
+    enough = (new**2 * size).clamp_min(torch.finfo(left.dtype).tiny)
+    return pair, torch.where(left > enough, 1 / left, 0.0)
 
 
 class Mixed:
     """The method z -> f(z), corrected by the rank-one model where there is one, and mixed."""
 
-    products, trust = 0, 1.0
+    products, trust = 0, TRUST
 
     def __init__(self, model: Aggregation | None, mixing: Mixing) -> None:
         self.model, self.mixing = model, mixing
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         residual = fz - z
         return self.mixing(z, residual if self.model is None else self.model.correct(fz, residual))
 
     def select(self, index: Tensor) -> Mixed:
         return Mixed(self.model, self.mixing.select(index))
-
-    def forget(self, mask: Tensor) -> None:
-        self.mixing.forget(mask)

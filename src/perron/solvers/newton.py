@@ -7,6 +7,7 @@ theorem 13.3.4, the monotone Newton theorem).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ from perron.solvers.accelerated import Accelerated, Origin
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import FixedPointProblem
 from perron.solvers.iteration import Method
-from perron.solvers.mixing import Mixing
+from perron.solvers.mixing import TRUST, Mixed, Mixing
 
 __all__ = ["MonotoneNewton"]
 
@@ -28,6 +29,8 @@ LinearSolve = Literal["auto", "batched", "chord", "krylov"]
 _BATCHED, _CHORD = 32, 1024
 # Krylov steps within a Newton step: at most so many, or until the linear residual has fallen by this factor.
 _INNER, _FORCING = 6, 0.05
+# Differences that are kept for maps which are affine.
+_LINEAR_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class MonotoneNewton(Accelerated):
 
     Args:
         tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver. Krylov's products with J count
-            as evaluations, beyond `steps` too, and it asks the device after each.
+            as evaluations, and it asks the device after each.
         linear: "batched" factorises I - D A for every sample, "chord" once for the batch with the mean of D, mixed after
             Anderson, "krylov" takes generalised conjugate residuals; "auto" chooses by the size of the state: up to 32,
-            up to 1,024, and beyond. Cells whose Jacobian is not D A take Krylov steps.
+            up to 1,024, and beyond or in half precision. Cells whose Jacobian is not D A take Krylov steps.
 
     Raises:
         ValueError: an option is out of range.
@@ -64,7 +67,11 @@ class MonotoneNewton(Accelerated):
         size = math.prod(problem.injection.shape[1:])
         linear = self.linear
         if linear == "auto":
-            linear = "batched" if size <= _BATCHED else "chord" if size <= _CHORD else "krylov"
+            factorises = start.dtype in (torch.float32, torch.float64) and size <= _CHORD
+            linear = "krylov" if not factorises else "batched" if size <= _BATCHED else "chord"
+        if linear == "krylov" and isinstance(problem.map, Chain) and problem.map.is_affine:
+            # Of an affine map these are Newton's equations themselves.
+            return Mixed(model, Mixing(_LINEAR_WINDOW, linear=True)), start
         if model is None or linear == "krylov":
             return _Krylov(problem, model), start
         assert isinstance(problem.map, Chain)
@@ -86,12 +93,12 @@ class MonotoneNewton(Accelerated):
 class _Batched:
     """(I - D A)^{-1} for every sample."""
 
-    products, trust = 0, 1.0
+    products, trust = 0, TRUST
 
     def __init__(self, matrix: Tensor, model: Aggregation) -> None:
         self.matrix, self.model = matrix, model
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         slope = self.model.slope(fz).flatten(1)
         system = torch.eye(len(self.matrix), dtype=z.dtype, device=z.device) - slope.unsqueeze(2) * self.matrix
         step, _ = torch.linalg.solve_ex(system, (fz - z).flatten(1))
@@ -100,20 +107,17 @@ class _Batched:
     def select(self, index: Tensor) -> _Batched:
         return self
 
-    def forget(self, mask: Tensor) -> None:
-        pass
-
 
 class _Chord:
     """One factorisation for the batch, at the mean of D in the first step; mixing makes up for the difference."""
 
-    products, trust = 0, 1.0
+    products, trust = 0, TRUST
 
     def __init__(self, matrix: Tensor, model: Aggregation) -> None:
         self.matrix, self.model, self.mixing = matrix, model, Mixing(3)
         self.factors: tuple[Tensor, Tensor] | None = None
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         if self.factors is None:
             slope = torch.nan_to_num(self.model.slope(fz).flatten(1)).mean(0).unsqueeze(1)
             system = torch.eye(len(self.matrix), dtype=z.dtype, device=z.device) - slope * self.matrix
@@ -127,36 +131,35 @@ class _Chord:
         new.factors, new.mixing = self.factors, self.mixing.select(index)
         return new
 
-    def forget(self, mask: Tensor) -> None:
-        self.mixing.forget(mask)
-
 
 class _Krylov:
     """Generalised conjugate residuals (mixing of a linear iteration is just that), preconditioned by the rank-one model."""
 
-    trust = 1.0
+    trust = TRUST
 
     def __init__(self, problem: FixedPointProblem, model: Aggregation | None) -> None:
         self.problem, self.model = problem, model
         self.products = 0
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        jacobian = self._jacobian(z, fz)
-        right = fz - z
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
+        right, self.products = fz - z, 0
+        # Without a model the Jacobian takes one evaluation more.
+        limit = min(_INNER, room) if self.model is not None else min(_INNER + 1, room)
+        jacobian = self._jacobian(z, fz) if limit else None
         goal = _FORCING * right.flatten(1).norm(dim=1)
-        mixing, step, residual = Mixing(_INNER), torch.zeros_like(z), right
-        self.products = 0
+        mixing, step, residual = Mixing(_INNER, linear=True), torch.zeros_like(z), right
         while True:
             step = mixing(step, residual if self.model is None else self.model.correct(fz, residual))
-            if self.products == _INNER:
+            if jacobian is None or self.products == limit:
                 return z + step
             residual = right + jacobian(step) - step
             self.products += 1
             if not bool((residual.flatten(1).norm(dim=1) > goal).any()):
                 return z + step
 
-    def _jacobian(self, z: Tensor, fz: Tensor):  # type: ignore[no-untyped-def]
+    def _jacobian(self, z: Tensor, fz: Tensor) -> Callable[[Tensor], Tensor]:
         if self.model is None:
+            self.products += 1
             return self.problem.map.linearize(z, self.problem.injection).matvec
         assert isinstance(self.problem.map, Chain)
         chain, slope = self.problem.map, self.model.slope(fz)
@@ -164,6 +167,3 @@ class _Krylov:
 
     def select(self, index: Tensor) -> _Krylov:
         return _Krylov(self.problem.select(index), self.model)
-
-    def forget(self, mask: Tensor) -> None:
-        pass

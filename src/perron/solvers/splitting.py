@@ -4,7 +4,7 @@ Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 
 Rachford's method with step 1, where the resolvent of the nonlinear part is sigma itself, serves every such activation;
 it converges linearly for every positive margin. One factorisation of 2 I - W serves all steps and samples: of the matrix,
 or of what a circular convolution does to each Fourier mode. The auxiliary variable u, whose image sigma(u) is z, is mixed
-after Anderson; where its residual grows instead, a plain step is taken.
+after Anderson; where its residual grows instead, the plain step from the best one so far is taken, which does not.
 
 Forward-backward steps z <- sigma((1 - a) z + a (W z + b)) need no factorisation; they converge for 0 < a < 2 m/|I - W|^2,
 slowly, where sigma is a projection, whose scaled resolvents are all the same.
@@ -75,14 +75,18 @@ class _Mixed(ABC):
         offset: (batch, ...) what W z is added to.
     """
 
-    products, trust = 0, math.inf
+    trust = math.inf
+    # Products with W that `begin` and `plain` take.
+    beginning, each = 0, 0
 
     def __init__(self, offset: Tensor) -> None:
         self.offset = offset
+        self.products = 0
         self.mixing = Mixing(_WINDOW)
-        # u, and per sample the best plain step so far with its residual.
+        # u; and per sample the best one so far, the plain step from there, and how far that went.
         self.auxiliary: Tensor | None = None
-        self.best, self.least = offset, offset.new_full((len(offset),), math.inf)
+        self.best = offset, offset
+        self.least = offset.new_full((len(offset),), math.inf)
 
     @abstractmethod
     def begin(self, z: Tensor) -> Tensor:
@@ -96,29 +100,29 @@ class _Mixed(ABC):
     def iterate(self, u: Tensor) -> Tensor:
         """The iterate for a u."""
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
+        self.products = self.each + (self.beginning if self.auxiliary is None else 0)
+        if self.products > room:
+            self.products = 0
+            return z
         u = self.begin(z) if self.auxiliary is None else self.auxiliary
         new = self.plain(u)
         size = (new - u).flatten(1).norm(dim=1)
-        grown = size > _TRUST * self.least
-        better = size < self.least
-        self.best = torch.where(per_sample(better, u), new, self.best)
-        self.least = torch.minimum(self.least, size)
+        # NaN compares false, and is taken back.
+        grown = per_sample(~(size <= _TRUST * self.least), u)
+        u, new = torch.where(grown, self.best[0], u), torch.where(grown, self.best[1], new)
         mixed = self.mixing(u, new - u)
-        self.mixing.forget(grown)
-        self.auxiliary = torch.where(per_sample(grown, u), self.best, mixed)
+        self.best, self.least = (u, new), torch.fmin(self.least, size)
+        self.auxiliary = torch.where(grown, new, mixed)
         return self.iterate(self.auxiliary)
 
     def select(self, index: Tensor) -> _Mixed:
         new = copy(self)
-        new.offset, new.best, new.least = self.offset[index], self.best[index], self.least[index]
+        new.offset, new.least = self.offset[index], self.least[index]
+        new.best = self.best[0][index], self.best[1][index]
         new.auxiliary = None if self.auxiliary is None else self.auxiliary[index]
         new.mixing = self.mixing.select(index)
         return new
-
-    def forget(self, mask: Tensor) -> None:
-        """The steps remember only what is their own."""
-        return
 
 
 class _PeacemanRachford(_Mixed):
@@ -152,6 +156,8 @@ class Splitting(_PeacemanRachford):
         problem: its map is a chain sigma(W z + b), W dense or a monotone convolution.
     """
 
+    beginning = 1
+
     def __init__(self, problem: FixedPointProblem) -> None:
         chain = problem.map
         assert isinstance(chain, Chain)
@@ -177,6 +183,8 @@ class ForwardBackward(_Mixed):
         problem: its map is a chain sigma(W z + b).
         size: a of the steps; None for m/|I - W|^2, which is best for what is known of W.
     """
+
+    each = 1
 
     def __init__(self, problem: FixedPointProblem, size: float | None) -> None:
         chain = problem.map
