@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.affine import Refusal
-from perron.cells import Chain, trace
+from perron.cells import Chain, ChainLinearization, Linearization, trace
 from perron.certificates import derive
 from perron.rounding import Number, Rounding, unit_roundoff
 
@@ -40,6 +40,10 @@ __all__ = [
     "round_outward",
     "verify",
 ]
+
+
+# Entries of a state, and of the Jacobians of a batch, up to which the widths of a proof are found by elimination.
+_FACTORISED, _FACTORISED_TOGETHER = 1024, 2**24
 
 
 @dataclass(frozen=True)
@@ -264,13 +268,8 @@ def prove_around(
     # A floor from the smallest slack that survives rounding, so that converged coordinates can be proven too.
     slack = (fz - z).abs() + 8 * rounding.relative * fz + 8 * rounding.absolute
     finite = all_finite(z) & all_finite(injection)
-    w, evaluations = slack, 2
-    for _ in range(neumann_steps):
-        jw = jacobian.matvec(w)
-        evaluations += 1
-        if bool((all_true(w - jw >= 0.5 * slack) | ~finite).all()):
-            break
-        w = slack + jw
+    w, products = _widths(chain, jacobian, slack, finite, neumann_steps)
+    evaluations = 2 + products
     delta = torch.full((len(z),), 1.25, dtype=z.dtype, device=z.device)
     best: Enclosure | None = None
     for _ in range(attempts):
@@ -283,6 +282,38 @@ def prove_around(
         delta = torch.where(best.proven, delta, 3 * delta)
     assert best is not None
     return replace(best, proven=best.proven & finite, evaluations=evaluations)
+
+
+def _widths(
+    chain: Chain, jacobian: Linearization, slack: Tensor, finite: Tensor, neumann_steps: int
+) -> tuple[Tensor, int]:
+    """About (I - J)^{-1} slack, and the products that it took; nothing rests on its accuracy."""
+    w = _factorised(chain, jacobian, slack)
+    if w is not None and bool((all_true(w >= 0.5 * slack) & all_finite(w) | ~finite).all()):
+        return w, 0
+    w, products = slack, 0
+    for _ in range(neumann_steps):
+        jw = jacobian.matvec(w)
+        products += 1
+        if bool((all_true(w - jw >= 0.5 * slack) | ~finite).all()):
+            break
+        w = slack + jw
+    return w, products
+
+
+def _factorised(chain: Chain, jacobian: Linearization, slack: Tensor) -> Tensor | None:
+    """(I - J)^{-1} slack by elimination, where J = D A is small; scaled by the slack, however far its entries lie apart."""
+    entries = slack[0].numel() if len(slack) else 0
+    if not 0 < entries <= _FACTORISED or len(slack) * entries**2 > _FACTORISED_TOGETHER:
+        return None
+    if not isinstance(jacobian, ChainLinearization) or not chain.single or chain.per_sample:
+        return None
+    unit = torch.eye(entries, dtype=slack.dtype, device=slack.device)
+    matrix = chain.linear(unit.view(entries, *slack.shape[1:])).flatten(1).t()
+    scale = slack.flatten(1)
+    scaled = jacobian.slope.flatten(1).unsqueeze(2) * matrix * (scale.unsqueeze(1) / scale.unsqueeze(2))
+    y, _ = torch.linalg.solve_ex(unit - scaled, torch.ones_like(scale))
+    return (y * scale).view_as(slack)
 
 
 def _merge(old: Enclosure, new: Enclosure) -> Enclosure:

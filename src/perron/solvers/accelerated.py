@@ -47,11 +47,16 @@ _LEAST, _SMALLEST_PROOF = 5, 3
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a solve begins: p = f(0) and f(p), (batch, ...) each, and the rank-one model of the cell, if it has one."""
+    """Where a solve begins: p = f(0) and f(p), (batch, ...) each, and the rank-one model of the cell, if it has one.
+
+    Attributes:
+        base: where f is one activation of z, its argument at z = 0; else p.
+    """
 
     p: Tensor
     at_p: Tensor
     model: Aggregation | None
+    base: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,17 @@ class Accelerated(IterativeSolver):
             return self._observe(problem, z0)
         if self.limit < _LEAST or not problem.injection.numel():
             return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore").solve(problem, z0)
-        found = _Proving(self, problem, z0).run()
+        proving = _Proving(self, problem, z0)
+        found = proving.run()
         if self.steps is not None:
             return found
         left = (~found.converged).nonzero().flatten()
         budget = self.limit - int(found.steps[left].max()) if left.numel() else 0
         if budget < _SMALLEST_PROOF:
             return found
-        return found.merged(self.successor(budget).solve(problem.select(left)), left)
+        # What the steps have found may be good enough already for another proof.
+        guess = proving.candidate[left].to(problem.injection)
+        return found.merged(self.successor(budget).solve(problem.select(left), guess), left)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Without enclosure: stop by residual."""
@@ -127,7 +135,12 @@ class _Proving:
         """f along 0, f(0), ..., and from it their mean with a proven lower bound of f there, in the proof's precision."""
         chain, b = self.low.map, self.low.injection
         assert isinstance(chain, Chain)
-        self.at_zero = self.chain.at_zero(self.exact.injection)
+        activation = self.chain.last_activation if self.chain.single else None
+        if activation is None:
+            self.base = self.at_zero = self.chain.at_zero(self.exact.injection)
+        else:
+            self.base = Chain(self.chain.steps[:-1]).at_zero(self.exact.injection)
+            self.at_zero = activation(self.base)
         p = self.at_zero.to(b.dtype)
         # Coarser steps than the layer's have rounded its weights and injections: they bound nothing of its map.
         exact = b.dtype == self.b.dtype
@@ -146,7 +159,7 @@ class _Proving:
         # f(mean) >= the mean of f; `prove` takes its own margin from f(0) and from the sum.
         self.low_point, self.at_low_point = points / self.orbit, values / self.orbit
         slack = last.to(self.b.dtype).clamp_min(torch.finfo(self.b.dtype).tiny)
-        return Origin(p, at_p.to(p.dtype), Aggregation.of(chain, p)), slack
+        return Origin(p, at_p.to(p.dtype), Aggregation.of(chain, p), self.base.to(p.dtype)), slack
 
     def run(self) -> Solution:
         tol = self.solver.tol
@@ -165,6 +178,7 @@ class _Proving:
             best, again = self._prove_all(best, found, left)
             rho, rate = rho.index_copy(0, left, again), rate.index_copy(0, left, found.rate.to(self.dtype))
             candidate = candidate.index_copy(0, left, found.candidate)
+        self.candidate = candidate
         return self._solution(best, rate)
 
     def _search(
@@ -193,6 +207,7 @@ class _Proving:
             self.at_zero[left],
             self.origin.at_p[left].to(self.dtype),
             None if model is None else model.to(self.dtype),
+            self.base[left],
         )
         start = candidate[left]
         start = torch.where(per_sample(all_finite(start), start), start, origin.at_p)

@@ -16,6 +16,7 @@ from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixed, Mixing
 from perron.solvers.newton import MonotoneNewton
+from perron.solvers.picard import Picard
 from perron.solvers.splitting import splitting_for
 
 __all__ = ["Auto"]
@@ -55,9 +56,7 @@ class Auto(Accelerated):
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
         if origin is None or origin.model is None:
             return _mixed(problem), torch.zeros_like(problem.injection) if origin is None else origin.p
-        assert isinstance(problem.map, Chain)
-        base = Chain(problem.map.steps[:-1]).at_zero(problem.injection)
-        return Mixed(origin.model, Mixing(self.window)), origin.model.start(base)
+        return Mixed(origin.model, Mixing(self.window)), origin.model.start(origin.base)
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         chain = problem.map
@@ -66,8 +65,13 @@ class Auto(Accelerated):
             # Beyond a gain of 1 the cell is monotone, if it is anything.
             method = None if gain(chain) >= 1 else _mixed(problem)
             return solve_by_contraction(self, problem, method, z0)
-        if self.steps is None and self.encloses(problem) and _far_from_rank_one(problem):
-            return self._newton(self.max_steps).solve(problem, z0)
+        if self.encloses(problem) and isinstance(chain, Chain):
+            if self.steps is None and _far_from_rank_one(problem):
+                return self._newton(self.max_steps).solve(problem, z0)
+            if self.steps is not None and not Aggregation.possible(chain):
+                # In steps counted beforehand there is one proof only, and each of Picard's iterates is one.
+                picard = Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps)
+                return picard.solve(problem, z0)
         return super()._solve(problem, z0)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:

@@ -85,7 +85,7 @@ class MonotoneNewton(Accelerated):
             return torch.zeros_like(problem.injection)
         assert isinstance(problem.map, Chain)
         if origin.model is not None:
-            return origin.model.start(Chain(problem.map.steps[:-1]).at_zero(problem.injection))
+            return origin.model.start(origin.base)
         top = problem.map.supremum
         return origin.at_p.to(origin.p.dtype) if math.isinf(top) else torch.full_like(origin.p, top)
 

@@ -38,6 +38,9 @@ from perron.solvers.splitting import splitting_for
 
 __all__ = ["Picard"]
 
+# Evaluations of the smallest enclosure, of one that begins at a guess, and of a proof around a point.
+_SMALLEST, _WITH_GUESS, _AROUND = 3, 5, 6
+
 
 @dataclass(frozen=True)
 class Picard(IterativeSolver):
@@ -83,14 +86,16 @@ class _Enclosing:
         self.residual = self.lower.new_full((batch,), math.inf)
         self.rate = self.lower.new_zeros(batch)
         self.proven = torch.zeros(batch, dtype=torch.bool, device=b.device)
+        # The last iterate, which stands where nothing is proven.
+        self.point = self.lower.clone()
 
     def run(self, z0: Tensor | None) -> Solution:
         finite = all_finite(self.problem.injection)
         if self.solver.steps is not None:
             self._take(self.solver.steps, z0)
         elif (index := finite.nonzero().flatten()).numel():
-            self._iterate(index, z0)
-        middle = torch.where(self.upper.isinf(), self.lower, (self.lower + self.upper) / 2).to(self.working)
+            self._solve(index, z0)
+        middle = torch.where(self.upper.isinf(), self.point, (self.lower + self.upper) / 2).to(self.working)
         value = torch.where(per_sample(finite, middle), middle, torch.nan)
         bound = torch.where(self.proven, relative_error_bound(value, self.lower, self.upper), math.inf)
         lower, upper = round_outward(self.lower, self.upper, self.working)
@@ -108,13 +113,45 @@ class _Enclosing:
             "enclosure",
         )
 
+    def _solve(self, index: Tensor, z0: Tensor | None) -> None:
+        """The samples of `index`: by a proof around the guess where it is a good one, else by iterating."""
+        if z0 is None or self.solver.max_steps < _WITH_GUESS:
+            self._iterate(index, None)
+            return
+        z0 = torch.where(z0.isfinite(), z0, 0.0).to(self.dtype).clamp_min(0)
+        left = self._prove_guess(index, z0) if self.proving else index
+        if left.numel():
+            self._iterate(left, z0 if self.solver.max_steps - int(self.steps.max()) >= _WITH_GUESS else None)
+
+    def _prove_guess(self, index: Tensor, z0: Tensor) -> Tensor:
+        """Prove around the guess where f moves no entry by more than the tolerance; returns the samples that are left."""
+        problem, z = self.problem.select(index), z0[index]
+        fz = _checked(problem, z)
+        self.steps[index] += 1
+        moved = amax((fz - z).abs() / fz.clamp_min(torch.finfo(fz.dtype).tiny))
+        near = (moved <= self.solver.tol).nonzero().flatten()
+        room = self.solver.max_steps - 1 - _SMALLEST
+        if not near.numel() or room < _AROUND:
+            return index
+        where = index[near]
+        found = self._prove_around(problem.select(near), z[near], room)
+        self.steps[where] += found.evaluations
+        self._keep(found, where)
+        done = torch.zeros_like(moved, dtype=torch.bool).index_copy(0, near, self._accepted(found))
+        return index[~done]
+
+    def _prove_around(self, problem: FixedPointProblem, z: Tensor, room: int) -> Enclosure:
+        """`prove_around` in at most `room` evaluations."""
+        assert isinstance(problem.map, Chain)
+        attempts = min(4, (room - 2) // 3)
+        return prove_around(problem.map, problem.injection, z, attempts=attempts, neumann_steps=room - 2 - 3 * attempts)
+
     def _start(self, problem: FixedPointProblem, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """f(0), a point below the fixed point, f there, and the evaluations so far."""
         zero = torch.zeros_like(problem.injection)
         at_zero = _checked(problem, zero)
         if z0 is None:
             return at_zero, zero, at_zero, 1
-        z0 = torch.where(z0.isfinite(), z0, 0.0).to(self.dtype).clamp_min(0)
         # The chord from 0 to z0: f(t z0) >= (1 - t) f(0) + t f(z0) >= t z0 for this t.
         low = 1 - 2 * self.rounding.relative
         _, t = chord(at_zero * low, z0 - problem(z0) * low)
@@ -123,6 +160,7 @@ class _Enclosing:
 
     def _take(self, steps: int, z0: Tensor | None) -> None:
         """Exactly so many evaluations, the proof included, without waiting for the device."""
+        z0 = None if z0 is None else torch.where(z0.isfinite(), z0, 0.0).to(self.dtype).clamp_min(0)
         at_zero, z, s, taken = self._start(self.problem, z0)
         p = z
         for _ in range(max(steps - 1 - taken, 1)):
@@ -132,6 +170,7 @@ class _Enclosing:
         q = torch.where(per_sample(r < 1, q), q, s)
         trial = Evaluated(at_zero, z, s, q, self.problem(q))
         self._keep(prove(trial, self.rounding) if self.proving else observe(trial), slice(None))
+        self.point = s
         self.steps += max(steps, taken + 2)
         self.rate = r
 
@@ -144,7 +183,8 @@ class _Enclosing:
 
     def _iterate(self, index: Tensor, z0: Tensor | None) -> None:
         """Iterate the samples of `index` until each is done, or at the end of its steps."""
-        problem = self.problem.select(index)
+        problem, limit = self.problem.select(index), self.solver.max_steps
+        spent = int(self.steps[index].max())
         at_zero, z, s, steps = self._start(problem, None if z0 is None else z0[index])
         # How much of the tolerance the predicted width may take; halved for a sample whose proof missed it.
         share = torch.ones_like(z.flatten(1)[:, :1].sum(1))
@@ -154,73 +194,77 @@ class _Enclosing:
             q, predicted, r, still = _extrapolate(p, z, s, self.map.supremum, 4 * unit_roundoff(self.dtype))  # type: ignore[union-attr]
             # NaN compares false: such a sample is never ready.
             ready = (predicted <= share * self.solver.tol) | still
-            exhausted = steps + 2 > self.solver.max_steps
+            exhausted = spent + steps + 2 > limit
             finish = torch.ones_like(ready) if exhausted else ready
             if not bool(finish.any()):
                 continue
-            steps += 1
-            done = self._finish(problem, index, steps, Evaluated(at_zero, z, s, q, q), r, still, finish)
+            self.point[index] = s
+            room = limit - spent - steps - 1
+            done = self._finish(problem, index, room, Evaluated(at_zero, z, s, q, q), r, still, finish)
             share = torch.where(finish, share / 2, share)
             # A sample that stands still has met the rounding of this precision: more steps cannot help.
-            keep = (~(done | still | exhausted)).nonzero().flatten()
+            over = done | still | exhausted
+            self.steps[index[over]] += steps
+            keep = (~over).nonzero().flatten()
             if not keep.numel():
                 return
             if len(keep) < len(index):
                 index, z, s, share, problem = index[keep], z[keep], s[keep], share[keep], problem.select(keep)
                 at_zero = at_zero[keep]
+            spent = int(self.steps[index].max())
 
     def _finish(
         self,
         problem: FixedPointProblem,
         index: Tensor,
-        steps: int,
+        room: int,
         trial: Evaluated,
         r: Tensor,
         still: Tensor,
         finish: Tensor,
     ) -> Tensor:
-        """Evaluate f at q for the samples in `finish`, enclose them and store that; returns the mask of those done."""
+        """Evaluate f at q for the samples in `finish`, enclose them and store that; returns the mask of those done.
+
+        With `room` evaluations more where that was not enough.
+        """
         chosen = finish.nonzero().flatten()
         where = index[chosen]
         sub = problem.select(chosen)
         trial = Evaluated(*(getattr(trial, f.name)[chosen] for f in fields(Evaluated)))
         trial = replace(trial, at_q=sub(trial.q))
+        self.steps[where] += 1
         found = prove(trial, self.rounding) if self.proving else observe(trial)
-        if self.proving:
+        if self.proving and room >= _AROUND:
             # Standing still, an iterate can be better than what its proof could make of it.
-            hard = ~self._accepted(found) & (still[chosen] | ~found.proven) & all_finite(trial.at_p)
-            found = self._prove_harder(sub, found, trial.at_p, hard.nonzero().flatten())
-        self.steps[where] = steps + found.evaluations
+            accepted = self._accepted(found)
+            hard = (~accepted & (still[chosen] | ~found.proven) & all_finite(trial.at_p)).nonzero().flatten()
+            if hard.numel():
+                around = self._prove_around(sub.select(hard), trial.at_p[hard], room)
+                self.steps[where[hard]] += around.evaluations
+                found = _sharpened(found, around, hard)
         self.rate[where] = r[chosen]
         self._keep(found, where)
-        done = torch.zeros_like(finish)
-        done[chosen] = self._accepted(found)
-        return done
+        return torch.zeros_like(finish).index_copy(0, chosen, self._accepted(found))
 
     def _accepted(self, found: Enclosure) -> Tensor:
         middle = ((found.lower + found.upper) / 2).to(self.working)
         return found.proven & (relative_error_bound(middle, found.lower, found.upper) <= self.solver.tol)
 
-    def _prove_harder(self, problem: FixedPointProblem, found: Enclosure, candidate: Tensor, hard: Tensor) -> Enclosure:
-        """Where scaling leaves little slack against rounding (f nearly homogeneous in a coordinate), widen along (I - J)^-1."""
-        assert isinstance(problem.map, Chain)
-        if not hard.numel():
-            return found
-        around = prove_around(problem.map.select(hard), problem.injection[hard], candidate[hard], attempts=4)
-        lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
-        old, new = found.proven[hard], around.proven
-        both = per_sample(old & new, around.lower)
-        use = per_sample(new, around.lower)
-        lower[hard] = torch.where(
-            both, torch.maximum(lower[hard], around.lower), torch.where(use, around.lower, lower[hard])
-        )
-        upper[hard] = torch.where(
-            both, torch.minimum(upper[hard], around.upper), torch.where(use, around.upper, upper[hard])
-        )
-        proven[hard], residual[hard] = old | new, around.residual
-        return replace(
-            found, lower=lower, upper=upper, proven=proven, residual=residual, evaluations=around.evaluations
-        )
+
+def _sharpened(found: Enclosure, around: Enclosure, index: Tensor) -> Enclosure:
+    """`found`, cut with what was proven of the samples of `index` besides."""
+    lower, upper, proven, residual = (t.clone() for t in (found.lower, found.upper, found.proven, found.residual))
+    old, new = found.proven[index], around.proven
+    both = per_sample(old & new, around.lower)
+    use = per_sample(new, around.lower)
+    lower[index] = torch.where(
+        both, torch.maximum(lower[index], around.lower), torch.where(use, around.lower, lower[index])
+    )
+    upper[index] = torch.where(
+        both, torch.minimum(upper[index], around.upper), torch.where(use, around.upper, upper[index])
+    )
+    proven[index], residual[index] = old | new, around.residual
+    return replace(found, lower=lower, upper=upper, proven=proven, residual=residual)
 
 
 def _checked(problem: FixedPointProblem, z: Tensor) -> Tensor:
