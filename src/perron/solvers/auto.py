@@ -34,7 +34,8 @@ class Auto(Accelerated):
     """Chooses the method from the structure of the cell and the residual ratio it sees.
 
     Certified cells with one activation, at their end, take aggregation steps mixed after Anderson, which reach the fixed
-    point in a few evaluations however hard the map is for Picard; where the cell is far from rank one, `MonotoneNewton`.
+    point in a few evaluations however hard the map is for Picard; where the cell is far from rank one, or affine,
+    `MonotoneNewton`.
     Cells that contract by operator splitting take its steps, and all others `Anderson` steps.
 
     Args:
@@ -66,7 +67,7 @@ class Auto(Accelerated):
             method = None if gain(chain) >= 1 else _mixed(problem)
             return solve_by_contraction(self, problem, method, z0)
         if self.encloses(problem) and isinstance(chain, Chain):
-            if self.steps is None and _far_from_rank_one(problem):
+            if self.steps is None and _newton_pays(problem):
                 return self._newton(self.max_steps).solve(problem, z0)
             if self.steps is not None and not Aggregation.possible(chain):
                 # In steps counted beforehand there is one proof only, and each of Picard's iterates is one.
@@ -85,10 +86,12 @@ def _mixed(problem: FixedPointProblem) -> Mixed:
     return Mixed(None, Mixing(_WINDOW, linear=linear))
 
 
-def _far_from_rank_one(problem: FixedPointProblem) -> bool:
-    """Whether the rank-one model is too poor to save many steps, as far as that is cheap to know."""
+def _newton_pays(problem: FixedPointProblem) -> bool:
+    """Whether the cell is affine, or far from rank one as far as that is cheap to know."""
     chain, injection = problem.map, problem.injection
     assert isinstance(chain, Chain)
+    if chain.is_affine and Aggregation.possible(chain):
+        return True
     work = injection.numel() * sum(step.terms for step in chain.affine)
     if not 0 < work < _SMALL:
         return False
