@@ -516,7 +516,7 @@ def test_starts() -> None:
         layer = Equilibrium(cell, injection="free", z0=z0)
         torch.testing.assert_close(layer(x), torch.ones(2, 3) * sign, rtol=1e-2, atol=0)
         seen.clear()
-        layer(x, z0=torch.full((2, 3), 0.25))
+        layer(x, z0=torch.full((2, 3), 0.5))
         assert (seen[-1] > 0).all(), "what the call says wins"
     assert "z0" not in layer.state_dict()
     layer = Equilibrium(Mean(3), injection="free", z0=torch.ones(3))
