@@ -27,7 +27,17 @@ from perron.affine import (
 )
 from perron.cells import ActivationStep, Chain, InjectStep, NormalizeStep
 
-__all__ = ["ExactCell", "Matrix", "Truth", "exact_channels", "identity", "positive_pivots", "product"]
+__all__ = [
+    "ExactCell",
+    "Matrix",
+    "Truth",
+    "channel_product",
+    "exact_channels",
+    "numbers",
+    "positive_pivots",
+    "product",
+    "radius",
+]
 
 Vector = list[mpf]
 Matrix = list[Vector]
@@ -134,7 +144,7 @@ class ExactCell:
                     offset = [mpf(0)] * len(matrix)
                     if step.bias is not None:
                         bias = step.bias.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-                        offset = _numbers(bias)
+                        offset = numbers(bias)
                     self.steps.append((matrix, offset))
                 else:
                     self.steps.append(step)
@@ -145,7 +155,7 @@ class ExactCell:
         cell = cls(Chain(tuple(s for s in chain.steps if not isinstance(s, AffineStep))), torch.Size([1]))
         with mpmath.workprec(_PRECISIONS[-1]):
             cell.steps = [
-                ([[sum(_numbers(s.weights[0][0]), mpf(0))]], [mpf(0)]) if isinstance(s, AffineStep) else s
+                ([[sum(numbers(s.weights[0][0]), mpf(0))]], [mpf(0)]) if isinstance(s, AffineStep) else s
                 for s in chain.steps
             ]
         return cell
@@ -182,7 +192,7 @@ class ExactCell:
                 points.append(None)
                 parts.append(([math.nan] * self.size,) * 3)
                 continue
-            point, error = self.fixed_point(_numbers(b), start.flatten().tolist(), concave=concave)
+            point, error = self.fixed_point(numbers(b), start.flatten().tolist(), concave=concave)
             points.append(point)
             if point is None:
                 parts.append(([math.nan] * self.size,) * 3)
@@ -266,7 +276,7 @@ class ExactCell:
             return _solve([list(column) for column in zip(*system, strict=True)], v)
 
 
-def _numbers(t: Tensor) -> Vector:
+def numbers(t: Tensor) -> Vector:
     return [mpf(x) for x in t.double().flatten().tolist()]
 
 
@@ -333,21 +343,39 @@ def _normalize(step: NormalizeStep, v: Vector, jacobian: Matrix) -> tuple[Vector
 def _matrix(step: AffineStep, shape: torch.Size) -> tuple[Matrix, torch.Size]:
     """The exact matrix of a float64 step on states of `shape`, and the shape of its values."""
     if isinstance(step, DiagonalLowRankStep):
-        diagonal, left, right = ([_numbers(row) for row in w.view(len(w), -1)] for w in step.weights)
+        diagonal, left, right = ([numbers(row) for row in w.view(len(w), -1)] for w in step.weights)
         mixed = product(left, transposed(right)) if left[0] else [[mpf(0)] * len(left) for _ in left]
         return [[x + (i == j) * diagonal[i][0] for j, x in enumerate(row)] for i, row in enumerate(mixed)], shape
     if isinstance(step, MonotoneConvolutionStep):
         n = shape.numel()
-        k, other = (_circular(w, shape) for w in step.weights)
-        gram = product(transposed(k), k)
-        rest = mpf(1) - mpf(step.m)
-        return [[(i == j) * rest - gram[i][j] + other[i][j] - other[j][i] for j in range(n)] for i in range(n)], shape
+        kernel, skew = (_circular(w, shape) for w in step.weights)
+        gram = product(transposed(kernel), kernel)
+        return [[(i == j) * mpf(step.identity) - gram[i][j] + skew[i][j] for j in range(n)] for i in range(n)], shape
     # Every entry is a single product with 1, hence exact.
     images = step.linear(torch.eye(shape.numel(), dtype=torch.float64).view(-1, *shape))
     rows = images.flatten(1).t().tolist()
     if isinstance(step, PoolStep):
         return [[mpf(1) / round(1 / x) if x else mpf(0) for x in row] for row in rows], images.shape[1:]
     return [[mpf(x) for x in row] for row in rows], images.shape[1:]
+
+
+def channel_product(chain: Chain) -> Matrix:
+    """The exact product of the affine steps on states that are constant over space."""
+    found: Matrix | None = None
+    with mpmath.workprec(_PRECISIONS[-1]):
+        for step in chain.affine:
+            # Averages of a constant are that constant.
+            if not isinstance(step, PoolStep):
+                matrix = exact_channels(step)
+                found = matrix if found is None else product(matrix, found)
+    assert found is not None
+    return found
+
+
+def radius(matrix: Matrix) -> float:
+    """The spectral radius, to float64's accuracy."""
+    rounded = torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64)
+    return float(torch.linalg.eigvals(rounded).abs().max())
 
 
 def exact_channels(step: AffineStep, *, absolute: bool = False) -> Matrix:
@@ -357,7 +385,7 @@ def exact_channels(step: AffineStep, *, absolute: bool = False) -> Matrix:
             return identity(1)
         if isinstance(step, ConvolutionStep):
             return [
-                [sum((abs(t) if absolute else t for t in _numbers(taps)), mpf(0)) for taps in row]
+                [sum((abs(t) if absolute else t for t in numbers(taps)), mpf(0)) for taps in row]
                 for row in step.weights[0].detach()
             ]
         step = step.rebind([t.detach().double() for t in step.tensors])

@@ -31,12 +31,12 @@ from typing import Any, Literal
 import draw
 import mpmath
 import torch
-from exact import ExactCell, Truth
+from exact import ExactCell, Truth, channel_product, numbers, radius
 from torch import Tensor, nn
 
 from perron._files import write_json
 from perron.activations import ACTIVATIONS
-from perron.affine import AffineStep, Refusal
+from perron.affine import Refusal
 from perron.cells import Activate, Chain, Inject, Map, Normalize, trace
 from perron.certificates import derive
 from perron.constraints import BoundedRows, MonotoneOperator
@@ -127,25 +127,6 @@ def scale_(module: nn.Module, factor: float) -> None:
             module.weight.mul_(factor)  # type: ignore[operator, union-attr]
 
 
-def channel_radius(cell: nn.Module) -> float:
-    """Of the product of the cell's matrices, to float64's accuracy; their largest row sum where it is zero."""
-    product: Tensor | None = None
-    for step in trace(cell).affine:
-        if not step.weights:
-            continue
-        channels = replace_dtype(step).channels()
-        assert channels is not None
-        dense = channels.detach().to_dense() if channels.layout != torch.strided else channels.detach()
-        product = dense if product is None else dense @ product
-    if product is None or not product.numel():
-        return 0.0
-    return float(torch.linalg.eigvals(product).abs().max()) or float(product.sum(1).max())
-
-
-def replace_dtype(step: AffineStep) -> AffineStep:
-    return step.rebind([t.detach().double() for t in step.tensors])
-
-
 def linear_module(n: int, dtype: torch.dtype, weight: Tensor, bias: bool = False) -> nn.Linear:
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=dtype)
     with torch.no_grad():
@@ -182,10 +163,11 @@ def injections(dtype: torch.dtype, *shape: int, extreme: bool = False) -> Tensor
 def finish(cell: nn.Sequential, x: Tensor, rho: float | None = None) -> Problem:
     """The layer, with its first matrix scaled so that the product of all has this radius."""
     if rho is not None:
-        radius = channel_radius(cell)
-        first = next(m for m in cell if any(True for _ in m.parameters()))
-        if radius > 0:
-            scale_(first, rho / radius)
+        product = channel_product(trace(cell))
+        # A matrix without a radius is scaled by its longest row.
+        size = radius(product) or float(max(sum(row) for row in product))
+        if size > 0:
+            scale_(next(m for m in cell if any(True for _ in m.parameters())), rho / size)
     if draw.chance(0.1):
         return Problem(Equilibrium(cell, injection="softplus"), (draw.power(-1, 2) * draw.randn(*x.shape)).to(x.dtype))
     if draw.chance(0.2) and derive(trace(cell), positive_injection=False):
@@ -812,9 +794,6 @@ class Trial:
         """In the weighted norm, or the Euclidean one, relative to that of g."""
         point = self.truth.points[k]
         assert point is not None
-
-        def numbers(t: Tensor) -> list[Any]:
-            return [mpmath.mpf(x) for x in t.double().flatten().tolist()]
 
         exact = self.exact.adjoint(point, numbers(self.b[k]), numbers(v))
         if exact is None:

@@ -36,7 +36,7 @@ from typing import Any
 import mpmath
 import torch
 from draw import chance, integer, pick, uniform
-from exact import ExactCell, Matrix, exact_channels, positive_pivots, product
+from exact import ExactCell, Matrix, channel_product, exact_channels, positive_pivots, radius
 from mpmath import mpf
 from torch import Tensor, nn
 
@@ -239,8 +239,7 @@ def radius_edge() -> Edge:
     """Nonnegative weights whose spectral radius is about 1, where the activation does not help."""
     modules, shape = edge_modules(signed=False)
     cell = nn.Sequential(*modules, Inject(), Activate(pick(("relu", "identity"))))
-    matrix = numbers(channel_product(trace(cell)))
-    scale_(modules, (1 + distance()) / float(torch.linalg.eigvals(matrix).abs().max()))
+    scale_(modules, (1 + distance()) / radius(channel_product(trace(cell))))
     return Edge(Equilibrium(cell, injection=pick(("given", "softplus"))).to(pick(DTYPES)), shape)
 
 
@@ -270,21 +269,6 @@ def margin_edge() -> Edge:
 
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16)
 EDGES: dict[str, Callable[[], Edge]] = {"radius edge": radius_edge, "gain edge": gain_edge, "margin edge": margin_edge}
-
-
-def numbers(matrix: Matrix) -> Tensor:
-    return torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64)
-
-
-def channel_product(chain: Chain) -> Matrix:
-    """The exact product of the affine steps on constants over space."""
-    with mpmath.workprec(2600):
-        found: Matrix | None = None
-        for step in chain.affine:
-            matrix = exact_channels(step)
-            found = matrix if found is None else product(matrix, found)
-    assert found is not None
-    return found
 
 
 def exact_gain(chain: Chain) -> mpf:

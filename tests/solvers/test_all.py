@@ -68,6 +68,8 @@ def test_soundness_at_scale(name: str) -> None:
     """A part of `make soundness`; more of it runs in the slow tests."""
     result = soundness.measure(100, seed=4, solver=name)
     assert sum(result[wrong] for wrong in soundness.FALSE) == 0, result["findings"]
+    assert not [f for f in result["findings"] if f["what"] == "exception in problem"], result["findings"]
+    assert result["samples"] + result["refused"] >= 90
     assert result["proven"] > 0.7 * result["samples"]
     assert result["without_truth"] < 0.05 * result["samples"]
 
