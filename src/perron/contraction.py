@@ -31,7 +31,7 @@ from perron.affine import AffineStep, Refusal
 from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep, Step, unknown_step
 from perron.rounding import Number, Rounding, gamma, product_above
 
-__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "variation"]
+__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "underflow", "variation"]
 
 _GRID = 400_000
 # Rounds that shrink the invariant box, and power steps for the weights of the norm, and least weights that are tried.
@@ -403,14 +403,15 @@ def variation(steep: ChainLinearization, smallest: tuple[Tensor | None, ...], w:
     return change
 
 
-def _lost(steep: ChainLinearization, w: Tensor) -> Tensor:
-    """What underflow takes at most from an entry of |J| w: a number below the range may meet large weights later."""
-    dtype, lost = w.dtype, torch.zeros((), dtype=w.dtype, device=w.device)
+def underflow(steep: ChainLinearization, w: Tensor) -> Tensor:
+    """(batch,) what it takes at most from an entry of |J| w: a number below the range may meet large weights later."""
+    lost, first = w.new_zeros(len(w)), True
     for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
         if isinstance(step, AffineStep):
-            lost = 2 * step.row_sums() * lost + step.underflow(dtype)
+            passed = lost if first else 2 * step.row_sums() * lost
+            lost, first = passed + step.underflow(w.dtype), False
         elif diagonal is not None:
-            lost = 2 * amax(diagonal) * lost + torch.finfo(dtype).tiny
+            lost, first = 2 * amax(diagonal) * lost + torch.finfo(w.dtype).tiny, False
     return lost
 
 
@@ -426,7 +427,7 @@ def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Ten
         w = steep.matvec(w) + 0.05 * w
         w = w / per_sample(amax(w).clamp_min(1e-300), w) + _FLOORS[-1]
     best, kappa = w, torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
-    cost, lost = kappa, _lost(steep, w)
+    cost, lost = kappa, underflow(steep, w)
     for floor in _FLOORS:
         trial = w.clamp_min(floor)
         top = amax(steep.matvec(trial) / trial) * (1 + 2 * gamma(terms + 4, w.dtype)) + 2 * lost / amin(trial)

@@ -71,6 +71,7 @@ class Monotonicity:
         margin: m > 0.
         ulps: of sigma.
         offset: what the rounding of sigma is relative to, beyond its value.
+        underflow: what it adds at most to the error of an entry of W z.
     """
 
     step: AffineStep
@@ -79,6 +80,7 @@ class Monotonicity:
     margin: float
     ulps: int
     offset: float
+    underflow: float
 
     @property
     def factor(self) -> Tensor:
@@ -103,12 +105,14 @@ class Monotonicity:
         sizes = magnitude(z.abs()) + self.injection.abs()
         terms = gamma(self.step.terms + 6, torch.float64)
         # Of fz: sigma passes on at most the error of its argument and adds its own.
-        error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + _TINY
+        error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + self.underflow
         moved = fz - z
         image = euclidean(self.step.linear(moved))
         slack = terms * euclidean(magnitude.linear(moved.abs()))
         # |W (y - z)| with y within `error` of fz, and with the rounding of fz - z and of the product.
-        radius = distance(image + 2 * slack + self.norm * euclidean(error), self.margin)
+        radius = distance(
+            image + 2 * slack + self.norm * euclidean(error) + fz[:1].numel() * self.underflow, self.margin
+        )
         radius = radius * (1 + gamma(fz[:1].numel() + 16, torch.float64)) + _TINY
         reach = (per_sample(radius, fz) + error) * (1 + 4 * _U) + 4 * _U * fz.abs()
         proven = all_finite(fz) & radius.isfinite() & all_finite(self.injection)
@@ -127,4 +131,5 @@ def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
         return None
     base, shift, _ = activation.inner or (activation, 0.0, 1.0)
     offset = shift + 2 * base.at_zero
-    return Monotonicity(step, step.norm(), injection, found, activation.ulps, offset)
+    underflow = float(step.underflow(torch.float64)) + _TINY
+    return Monotonicity(step, step.norm(), injection, found, activation.ulps, offset, underflow)

@@ -1,5 +1,7 @@
 """Bounds on the error of the adjoint at their tight cases, where closed forms are at hand."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,20 @@ def test_cells_without_plain_sums_have_their_slopes_from_the_value_throughout() 
             found = (g / (1 - layer.last_solution.value)).double()
             error = float(((found - adjoint).abs() / found).max())
             assert error <= float(layer.last_solution.adjoint.error_bound) + 1e-6
+
+
+def test_what_underflows_in_one_step_may_be_large_after_the_next() -> None:
+    """g = J g + v with J = 1e-307 1e305: of g = 1e-14 the first product has three digits, and the second brings it back."""
+    maps = [nn.Linear(1, 1, bias=False, dtype=torch.float64) for _ in range(2)]
+    for linear, weight in zip(maps, (1e305, 1e-307), strict=True):
+        nn.init.constant_(linear.weight, weight)
+    chain = trace(nn.Sequential(*maps, Inject(), Activate("identity")))
+    chain = chain.rebind([t.detach() for t in chain.tensors])
+    rate = float(Fraction(1e305) * Fraction(1e-307))
+    z, exact = one(1 / (1 - rate)), 1.7e-14 / (1 - rate)
+    for proof in (_Proof, _SignedProof):
+        g, _, bound = proof(chain, one(1.0), (z, z), None).finish(z, one(exact), one(1.7e-14))
+        assert abs(g.item() - exact) / abs(g.item()) <= bound.item()
 
 
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16])

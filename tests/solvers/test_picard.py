@@ -133,8 +133,5 @@ def test_options_are_checked(options) -> None:
 
 
 def test_a_cell_that_changes_the_shape() -> None:
-    for cell in (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Bilinear(3, 3, 4)):
-        layer = Equilibrium(cell)
-        if isinstance(cell, nn.Bilinear):
-            with pytest.raises(ValueError, match="shape"):
-                layer(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="shape"):
+        Equilibrium(nn.Bilinear(3, 3, 4))(torch.rand(2, 3))

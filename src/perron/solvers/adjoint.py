@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, euclidean, per_sample
+from perron._batch import all_finite, amax, amin, euclidean, per_sample
 from perron.affine import AffineStep, DenseStep
 from perron.cells import Chain, ChainLinearization, Linearization, Map
-from perron.contraction import sensitivity, variation
+from perron.contraction import sensitivity, underflow, variation
 from perron.monotone import margin
 from perron.rounding import Number, gamma, unit_roundoff
 from perron.solvers.aggregation import Aggregation
@@ -243,6 +243,7 @@ class _Proof:
     Attributes:
         exact: the chain in float64.
         weights: w; kappa: (batch,) with |J*| w <= kappa w; spread: at least |J - J*| w.
+        underflow: (batch,) what it adds at most to the weighted norm of J^T c, and to the other norms.
         exact_rounding: of the last product and the norms, relative to what is summed.
     """
 
@@ -277,6 +278,9 @@ class _Proof:
         weights, image, kappa = _weights(steep, start, self.rounding, fixed)
         self.weights, self.kappa = weights.double(), kappa.double()
         slope = None if by_value is None else steep.slope.double()
+        # A w is at hand where J = D A.
+        stages = _stages(steep, weights) if slope is None else [weights, image / steep.slope, image]
+        self.underflow = _underflow(stages, count)
         self.spread = self._spread(lower.double(), upper.double(), image.double(), slope)
         self.exact_rounding = 4 * gamma(count, torch.float64)
 
@@ -302,9 +306,9 @@ class _Proof:
         norm, residual = _norm(w, g.double()), _norm(w, exact - c)
         entries = g[0].numel()
         spread = torch.linalg.vecdot(self.spread.flatten(1), c.flatten(1).abs())
-        # Underflow of single products is absolute; the rest is relative to what was summed.
-        noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v)) + 1e-290 * entries
-        rounded = _norm(w, exact - g.double()) + 1e-290 * entries
+        # Underflow is absolute; the rest is relative to what was summed.
+        noise = self.exact_rounding * (_norm(w, c) + _norm(w, exact) + _norm(w, exact_v)) + self.underflow
+        rounded = _norm(w, exact - g.double()) + self.underflow
         bound = (weighted_error(self.kappa, residual, spread + noise) + rounded) / norm
         # The last factor is for the norms themselves.
         bound = bound * (1 + self.exact_rounding + 8 * entries * unit_roundoff(c.dtype))
@@ -336,6 +340,7 @@ class _SignedProof(_Proof):
         steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
         self.weights, _, self.kappa = _weights(steep, torch.ones_like(lower), self.rounding, fixed)
         self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
+        self.underflow = _underflow(_stages(steep, self.weights), count)
 
 
 class _MonotoneProof:
@@ -356,6 +361,7 @@ class _MonotoneProof:
         step = plain.steps[0]
         assert isinstance(step, AffineStep)
         self.step, self.norm = step, step.norm()
+        self.underflow = lower[:1].numel() * step.underflow(torch.float64) + 1e-290
         self.amplification = amplification(self.norm, least) * (1 + 1e-12)
 
     def judge(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,11 +374,29 @@ class _MonotoneProof:
         away = torch.maximum(self.steepest - slope, slope - self.flattest).clamp_min(0) * c.abs()
         rounding = 2 * gamma(self.step.terms + 8, c.dtype)
         size, norms = euclidean(c), 1 + gamma(c[:1].numel() + 16, c.dtype)
-        total = euclidean(r) + rounding * euclidean(summed) + self.norm * euclidean(away) + 1e-290
+        total = euclidean(r) + rounding * euclidean(summed) + self.norm * euclidean(away) + self.underflow
         bound = self.amplification * total / size * norms**2
         relative = torch.where(size > 0, euclidean(r) / size, euclidean(r))
         bound = torch.where((size == 0) & (euclidean(v) == 0), 0.0, bound)
         return relative.to(candidate.dtype), torch.where(all_finite(c) & bound.isfinite(), bound, math.inf)
+
+
+def _stages(steep: ChainLinearization, w: Tensor) -> list[Tensor]:
+    """w, and what each step of J makes of it."""
+    stages = [w]
+    for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
+        if isinstance(step, AffineStep):
+            stages.append(step.linear(stages[-1]))
+        elif diagonal is not None:
+            stages.append(diagonal * stages[-1])
+    return stages
+
+
+def _underflow(stages: list[Tensor], count: int) -> Tensor:
+    """(batch,) what underflow adds to ||J^T c||_w: an error e below the range at some step counts <e, that step's w>."""
+    total = torch.stack([stage.flatten(1).double().sum(1) for stage in stages]).sum(0)
+    entries = max(stage[:1].numel() for stage in stages)
+    return 8 * (count + entries) * torch.finfo(torch.float64).tiny * (1 + total)
 
 
 def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -382,11 +406,12 @@ def _weights(steep: ChainLinearization, start: Tensor, rounding: float, fixed: b
     """
     w = _scaled(start)
     best, image = w, w
+    lost = underflow(steep, w)
     kappa = torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
     for k in range(2 if fixed else _POWER_STEPS):
         jw = steep.matvec(w)
         ratio = jw / w
-        top = amax(ratio) * (1 + rounding)
+        top = amax(ratio) * (1 + rounding) + 2 * lost / amin(w)
         better = top < kappa
         mask = per_sample(better, w)
         best, image = torch.where(mask, w, best), torch.where(mask, jw, image)
