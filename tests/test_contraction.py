@@ -712,3 +712,28 @@ def test_norms_assigned_out_of_range_have_no_degree() -> None:
         cell[3].p, cell[3].dim = p, dim
         with pytest.raises(Refusal, match="norm"):
             degree(trace(cell))
+
+
+def test_underflow_before_a_norm_is_no_relative_error() -> None:
+    """The first entry is 1300 y beside 1e9, in steps of 1e-320 y: at y = 0.05 that has three digits."""
+    pairs = [(1.3e-320, 1e-300), (1e308, 1e300), (1e14, 1e6)]
+    maps = []
+    for pair in pairs:
+        maps.append(nn.Linear(2, 2, bias=False, dtype=torch.float64))
+        with torch.no_grad():
+            maps[-1].weight.copy_(torch.diag(torch.tensor(pair, dtype=torch.float64)))
+    chain = trace(nn.Sequential(*maps, Activate("(identity+0.0001)^0.25"), Inject(), Normalize()))
+    with mpmath.workdps(40):
+        rates = [mpmath.fprod(mpmath.mpf(pair[k]) for pair in pairs) for k in range(2)]
+        exact = [mpmath.mpf(1)] * 2
+        for _ in range(200):
+            raw = [(rate * y + mpmath.mpf(0.0001)) ** mpmath.mpf(0.25) for rate, y in zip(rates, exact, strict=True)]
+            exact = [y / max(raw) for y in raw]
+    b = torch.zeros(1, 2, dtype=torch.float64)
+    z = torch.ones_like(b)
+    with torch.no_grad():
+        for _ in range(100):
+            z, before = chain(z, b), z
+        lower, upper, proven = contraction(chain, b).enclose(before, z)
+    for low, high, fixed in zip(lower[0].tolist(), upper[0].tolist(), exact, strict=True):
+        assert not proven.all() or low <= fixed <= high

@@ -243,6 +243,8 @@ class NormalizeStep:
 
 
 Step = AffineStep | InjectStep | ActivationStep | NormalizeStep
+# Entries below this are not divided by a norm in anything that is proven.
+LEAST_NORMALIZED = 1e-100
 # Not their subclasses, which may compute anything.
 _STEPS = frozenset(
     {
@@ -468,7 +470,8 @@ class Chain:
                 relative = compound(relative, gamma(step.activation.ulps, dtype))
                 absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
             elif isinstance(step, NormalizeStep):
-                # Of the norm and of what it divides; `perron.contraction` sees to it that nothing underflows before.
+                # Of the norm and of what it divides. What underflowed before is relative to the least entry of that.
+                relative = compound(relative, 2 * float(absolute) / LEAST_NORMALIZED)
                 relative = compound(compound(relative, relative), gamma(step.roundings(entries), dtype))
                 absolute = torch.full_like(absolute, tiny)
             elif isinstance(step, InjectStep):

@@ -28,7 +28,16 @@ from torch import Tensor
 from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.activations import Activation, get_activation
 from perron.affine import AffineStep, Refusal
-from perron.cells import ActivationStep, Chain, ChainLinearization, InjectStep, NormalizeStep, Step, unknown_step
+from perron.cells import (
+    LEAST_NORMALIZED,
+    ActivationStep,
+    Chain,
+    ChainLinearization,
+    InjectStep,
+    NormalizeStep,
+    Step,
+    unknown_step,
+)
 from perron.rounding import Number, Rounding, gamma, product_above
 
 __all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "underflow", "variation"]
@@ -108,7 +117,7 @@ def degree(chain: Chain) -> float:
             degrees.append(min(activation_degree(step.activation), 1.0))
             least = step.activation.at_zero
         elif isinstance(step, NormalizeStep):
-            if least < 1e-100:
+            if least < LEAST_NORMALIZED:
                 raise Refusal(
                     "what is divided by its norm must have a positive lower bound; use a shift, as in 'tanh+1.2'"
                 )
