@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow format soundness uniqueness evaluations kernels bench clean
+.PHONY: demo test lint slow format soundness uniqueness boxes mutants evaluations kernels bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,8 +19,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# On all cores; torch takes one thread in each.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 slow: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tune]'
@@ -35,6 +36,13 @@ soundness: .venv/installed
 
 uniqueness: .venv/installed
 	$(BIN)/python benchmarks/uniqueness.py --maps 21000 --output benchmarks/results/uniqueness.json
+
+boxes: .venv/installed
+	$(BIN)/python benchmarks/boxes.py --samples 100000 --output benchmarks/results/boxes.json
+
+# Every bound made 1 % too good, one at a time: some test must notice.
+mutants: .venv/installed
+	$(BIN)/python benchmarks/mutants.py --output benchmarks/results/mutants.json
 
 evaluations: .venv/installed
 	$(BIN)/python benchmarks/evaluations.py --output benchmarks/results/evaluations.json

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ settings.register_profile(
     "perron", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True
 )
 settings.load_profile("perron")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each take all cores stand in each other's way.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
