@@ -84,7 +84,8 @@ class Solution:
     Attributes:
         value: (batch, ...) the returned point.
         lower, upper: (batch, ...) entrywise bounds of the fixed point; None for cells without verified structure.
-        steps: (batch,) evaluations of f, those of the verification included.
+        steps: (batch,) evaluations of f and products with its Jacobian, those of the verification included; what sets a
+            method up for the whole batch is not among them.
         residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the last point y where f was evaluated; where samples may influence
             each other, that of the returned values y: max_i |f(y) - y|_i / max_i |f(y)|_i of the worst sample of the batch.
         error_bound: (batch,) bound on max_i |value - z*|_i / z*_i; inf where there is none. Samples whose fixed point is
@@ -229,9 +230,9 @@ class IterativeSolver(ABC):
 
     Args:
         tol: tolerance on the entrywise relative error; certified where the cell is, else on the relative residual.
-        max_steps: at most this many evaluations of f per sample; an enclosure takes at least three, and where rounding
-            is in the way of a proof, a few more are spent on it. Where samples may influence each other, the last one
-            measures the residual of what is returned.
+        max_steps: at most this many evaluations of f and products with its Jacobian per sample, proofs included; an
+            enclosure takes at least three. Where samples may influence each other, the last one measures the residual of
+            what is returned.
         stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
             "residual" always by residual, without extrapolation.
         verify: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
