@@ -408,3 +408,18 @@ def test_without_proof_a_solve_takes_no_more_steps(make) -> None:
         assert solution.certified == (verify is not None)
         steps.append(float(solution.steps.double().mean()))
     assert steps[1] <= steps[0] + 2
+
+
+@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, MonotoneNewton, Picard])
+def test_every_sample_gets_an_enclosure_where_f_grows_from_small_values(make) -> None:
+    """From b to values a million times as large Picard's residual grows with its iterates, and no method may stand in its way."""
+    weight = torch.rand(12, 12) * (torch.rand(12, 12) < 0.3)
+    weight *= 3 / torch.linalg.eigvals(weight).abs().max()
+    b = 10 ** (-6 * torch.rand(10, 12))
+    for steps in ((Inject(), nn.Tanh()), (nn.Tanh(), Inject())):
+        layer = Equilibrium(nn.Sequential(nn.Linear(12, 12, bias=False), *steps), solver=make(max_steps=120))
+        with torch.no_grad():
+            layer.cell[0].weight.copy_(weight)
+        solution = layer.solve(b)
+        assert solution.certified
+        assert solution.converged.all()

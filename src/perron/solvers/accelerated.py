@@ -42,7 +42,7 @@ _FIXED_PROOF = 2
 # Part of the tolerance that a plain step from an exact residual may cost.
 _PLAIN = 1 / 8
 # Evaluations with which this is worth beginning; and that the smallest enclosure takes.
-_LEAST, _SMALLEST_PROOF = 5, 3
+_LEAST, _SMALLEST_PROOF = 6, 3
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Accelerated(IterativeSolver):
         """Evaluations that a method may take before the proof, of so many that are left."""
         return evaluations
 
-    def successor(self, evaluations: int) -> IterativeSolver:
+    def successor(self, evaluations: int, problem: FixedPointProblem) -> IterativeSolver:
         """Who solves the samples that are left, in so many evaluations."""
         return Picard(self.tol, evaluations, self.stop, self.verify, "ignore")
 
@@ -86,7 +86,7 @@ class Accelerated(IterativeSolver):
             return solve_by_contraction(self, problem, self.method(problem, None)[0], z0)
         if not self.encloses(problem):
             return self._observe(problem, z0)
-        if self.limit < _LEAST or not problem.injection.numel():
+        if (self.steps is None and self.limit < _LEAST) or not problem.injection.numel():
             return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore").solve(problem, z0)
         proving = _Proving(self, problem, z0)
         found = proving.run()
@@ -98,7 +98,7 @@ class Accelerated(IterativeSolver):
             return found
         # What the steps have found may be good enough already for another proof.
         guess = proving.candidate[left].to(problem.injection)
-        return found.merged(self.successor(budget).solve(problem.select(left), guess), left)
+        return found.merged(self.successor(budget, problem).solve(problem.select(left), guess), left)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         """Without enclosure: stop by residual."""
@@ -169,7 +169,7 @@ class _Proving:
         for _ in range(_SEARCHES if self.solver.steps is None else 0):
             left = (~self._accepted(best) & all_finite(self.b)).nonzero().flatten()
             room = self.solver.limit - int(self.steps[left].max()) if left.numel() else 0
-            if room <= _PROOFS:
+            if room <= 1 + _SMALLEST_PROOF:
                 break
             # An enclosure that came out too wide is in proportion to rho.
             bound = relative_error_bound(best.upper, best.lower, best.upper)[left]
@@ -195,8 +195,9 @@ class _Proving:
         if z0 is not None:
             start = torch.maximum(z0.to(origin.p), origin.p)
         fixed = self.solver.steps is not None
-        left = room - _FIXED_PROOF if fixed else self.solver.patience(room - _PROOFS, origin)
-        found = iterate(problem, _Above(method, origin.p), start, Rule(goal, slack, True, max(left, 1), fixed))
+        left = room - _FIXED_PROOF if fixed else self.solver.patience(room - 1 - _SMALLEST_PROOF, origin)
+        rule = Rule(goal, slack, True, max(left, 1), fixed, climbs=True)
+        found = iterate(problem, _Above(method, origin.p), start, rule)
         self._count(found.steps)
         return found
 
@@ -239,7 +240,9 @@ class _Proving:
         whole = index is None and len(promising) == len(self.b)
         if not whole:
             where, z, rho, rate = where[promising], z[promising], rho[promising], rate[promising]
-        for _ in range(_PROOFS if len(where) else 0):
+        # The samples that are left in the end get an enclosure from Picard at least.
+        room = self.solver.limit - _SMALLEST_PROOF - int(self.steps[where].max()) if len(where) else 0
+        for _ in range(min(_PROOFS, room)):
             proof, at_q, q = self._prove(None if whole else where, z, rho)
             self.steps = self.steps.index_add(0, where, torch.ones_like(where))
             best = proof if whole else _put(best, proof, where)

@@ -48,15 +48,20 @@ class Auto(Accelerated):
     def patience(self, evaluations: int, origin: Origin) -> int:
         return evaluations if origin.model is None else min(evaluations, _STEPS)
 
-    def successor(self, evaluations: int) -> IterativeSolver:
-        return self._newton(evaluations)
+    def successor(self, evaluations: int, problem: FixedPointProblem) -> IterativeSolver:
+        # Without a model each of Newton's steps takes products.
+        modelled = isinstance(problem.map, Chain) and Aggregation.possible(problem.map)
+        return self._newton(evaluations) if modelled else super().successor(evaluations, problem)
 
     def _newton(self, evaluations: int) -> MonotoneNewton:
         return MonotoneNewton(self.tol, evaluations, self.stop, self.verify, "ignore", None, self.precision)
 
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
-        if origin is None or origin.model is None:
-            return _mixed(problem), torch.zeros_like(problem.injection) if origin is None else origin.p
+        if origin is None:
+            return _mixed(problem), torch.zeros_like(problem.injection)
+        if origin.model is None:
+            method = _mixed(problem)
+            return method, method.advance(origin.p, origin.at_p, 0)
         return Mixed(origin.model, Mixing(self.window)), origin.model.start(origin.base)
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:

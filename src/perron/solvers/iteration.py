@@ -2,7 +2,7 @@
 
 Samples that are done leave the batch. The host looks at the device only at steps foreseen from the observed rate. A
 point whose residual has grown beyond the method's trust, or is not a number, is taken back: its sample goes half of the
-way from the last accepted point.
+way from the last accepted point, or where Picard's steps are known to lead on, one of them.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class Rule:
         fixed: take all of them, and never look.
         weights: (batch, ...) or None: measure sum_i w_i |residual_i| / sum_i w_i |f(z)_i| instead.
         compact: let samples that are done leave the batch.
+        climbs: Picard's steps lead to the fixed point from wherever the method goes: points that are taken back go to f of
+            the last accepted one instead of half of the way, and are not judged.
         patient: do not give up on slow samples, only on those that have stood still for some steps.
     """
 
@@ -106,6 +108,7 @@ class Rule:
     weights: Tensor | None = None
     compact: bool = True
     patient: bool = False
+    climbs: bool = False
 
     def measure(self, fz: Tensor, residual: Tensor) -> Tensor:
         if self.weights is not None:
@@ -193,6 +196,7 @@ class _Loop:
         self.rate = torch.ones_like(self.measure)
         self.steps = torch.zeros(batch, dtype=torch.long, device=z.device)
         self.still = torch.zeros(batch, dtype=z.dtype, device=z.device)
+        self.plain = torch.zeros(batch, dtype=torch.bool, device=z.device)
         self.candidate = z
         self.taken, self.rounds, self.next_look = 0, 0, 1
 
@@ -230,14 +234,21 @@ class _Loop:
             return z, fz, measure, None
         # NaN compares false.
         back = ~(measure <= self.method.trust * self.least)
+        if self.rule.climbs:
+            back = back & ~(self.plain & measure.isfinite())
         # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
         if not self.rule.fixed and z.device.type == "cpu" and not bool(back.any()):
+            self.plain = back
             return z, fz, measure, None
         mask = per_sample(back, z)
-        half = torch.lerp(self.z, z, 0.5)
-        half = torch.where(half.isfinite(), half, torch.lerp(self.z, self.fz, 0.5))
+        if self.rule.climbs:
+            instead = self.fz
+        else:
+            half = torch.lerp(self.z, z, 0.5)
+            instead = torch.where(half.isfinite(), half, torch.lerp(self.z, self.fz, 0.5))
+        self.plain = back
         measure = torch.where(back, self.measure, measure)
-        return torch.where(mask, self.z, z), torch.where(mask, self.fz, fz), measure, (mask, half)
+        return torch.where(mask, self.z, z), torch.where(mask, self.fz, fz), measure, (mask, instead)
 
     def look(self) -> bool:
         """Whether all are done; decides when to look again, and lets go of samples that are done."""
@@ -279,7 +290,7 @@ class _Loop:
             self.method.select(keep),
             self.rule.select(keep),
         )
-        for name in ("z", "fz", "measure", "first", "least", "rate", "steps", "still", "candidate"):
+        for name in ("z", "fz", "measure", "first", "least", "rate", "steps", "still", "plain", "candidate"):
             setattr(self, name, getattr(self, name)[keep])
 
     def _store(self) -> None:
