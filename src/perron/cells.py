@@ -492,9 +492,8 @@ class Chain:
             return None
         if not activation.smooth:
             return None
-        if side is not None:
-            # Rounding outwards may have left the range of sigma, where the slope is not a function of the value.
-            value = value.clamp(activation.at_zero, activation.supremum)
+        # A bound, or the middle of two, may lie out of the range of sigma, where the slope is no function of the value.
+        value = value.clamp(activation.at_zero, activation.supremum)
         diagonal = activation.derivative_of_value(value)
         if side is not None:
             error = activation.ulps * unit_roundoff(value.dtype) * activation.slope_at_zero

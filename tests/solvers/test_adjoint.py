@@ -114,6 +114,16 @@ def test_what_underflows_in_one_step_may_be_large_after_the_next() -> None:
         assert abs(g.item() - exact) / abs(g.item()) <= bound.item()
 
 
+def test_slopes_of_a_value_above_the_supremum_are_none() -> None:
+    """1 - s is negative there, and no slope is: the gradient of a saturated cell is not smaller than what came in."""
+    chain, b = chain_of(25.0, "one_minus_exp"), one(10.0)
+    lower, z, upper = one(1 - 1e-12), one(1 + 1e-12), one(1 + 3e-12)
+    g, _, bound = _Proof(chain, b, (lower, upper), None).finish(z, one(1.0), one(1.0))
+    # The exact slope is at most exp(-35).
+    assert abs(g.item() - 1) <= bound.item() * g.item()
+    assert g.item() >= 1
+
+
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16])
 def test_coarse_steps_of_a_fine_layer_bound_nothing_of_it(step_dtype: torch.dtype) -> None:
     layer = PositiveConcaveLinear(6, 9, "log1p", dtype=torch.float64)
