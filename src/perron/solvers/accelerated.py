@@ -163,8 +163,9 @@ class _Proving:
 
     def run(self) -> Solution:
         tol = self.solver.tol
-        found = self._search(self.low, self.origin, self.slack, self.z0, tol, self.solver.limit - self.begun)
-        best, rho = self._prove_all(self._nothing(), found, None)
+        room = self.solver.limit - self.begun
+        found = self._search(self.low, self.origin, self.slack, self.z0, tol, room)
+        best, rho = self._prove_all(self._nothing(), found, None, room - found.most)
         rate, candidate = found.rate.to(self.dtype), found.candidate.to(self.dtype)
         for _ in range(_SEARCHES if self.solver.steps is None else 0):
             left = (~self._accepted(best) & all_finite(self.b)).nonzero().flatten()
@@ -175,7 +176,7 @@ class _Proving:
             bound = relative_error_bound(best.upper, best.lower, best.upper)[left]
             goal = torch.where(best.proven[left], rho[left] * tol / bound, tol).clamp(1e-3 * tol, tol)
             found = self._search_again(left, candidate, 0.5 * goal, room)
-            best, again = self._prove_all(best, found, left)
+            best, again = self._prove_all(best, found, left, room - found.most)
             rho, rate = rho.index_copy(0, left, again), rate.index_copy(0, left, found.rate.to(self.dtype))
             candidate = candidate.index_copy(0, left, found.candidate)
         self.candidate = candidate
@@ -225,8 +226,11 @@ class _Proving:
         unproven = torch.zeros(len(lower), dtype=torch.bool, device=lower.device)
         return Enclosure(lower, lower + math.inf, unproven, self.dtype, lower.new_full((len(lower),), math.inf))
 
-    def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None) -> tuple[Enclosure, Tensor]:
-        """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho."""
+    def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None, room: int) -> tuple[Enclosure, Tensor]:
+        """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho.
+
+        Of the `room` evaluations that are left some stay with Picard, so that every sample gets an enclosure in the end.
+        """
         where = torch.arange(len(self.b), device=self.b.device) if index is None else index
         floor = 4 * unit_roundoff(found.value.dtype) * amax(found.value / self.slack[where].to(found.value.dtype))
         first = rho = (2 * found.measure * found.rate + floor).to(self.dtype)
@@ -240,9 +244,7 @@ class _Proving:
         whole = index is None and len(promising) == len(self.b)
         if not whole:
             where, z, rho, rate = where[promising], z[promising], rho[promising], rate[promising]
-        # The samples that are left in the end get an enclosure from Picard at least.
-        room = self.solver.limit - _SMALLEST_PROOF - int(self.steps[where].max()) if len(where) else 0
-        for _ in range(min(_PROOFS, room)):
+        for _ in range(min(_PROOFS, room - _SMALLEST_PROOF) if len(where) else 0):
             proof, at_q, q = self._prove(None if whole else where, z, rho)
             self.steps = self.steps.index_add(0, where, torch.ones_like(where))
             best = proof if whole else _put(best, proof, where)

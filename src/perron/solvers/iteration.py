@@ -72,6 +72,7 @@ class Found:
         measure: of the residual f(z) - z.
         rate: the last ratio of two measures.
         steps: (batch,) evaluations, products among them.
+        most: of them that any sample took, known to the host.
     """
 
     z: Tensor
@@ -80,6 +81,7 @@ class Found:
     measure: Tensor
     rate: Tensor
     steps: Tensor
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class _Loop:
         # NaN compares false.
         back = ~(measure <= self.method.trust * self.least)
         if self.rule.climbs:
-            back = back & ~(self.plain & measure.isfinite())
+            back = back & ~(self.plain & (measure < math.inf))
         # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
         if not self.rule.fixed and z.device.type == "cpu" and not bool(back.any()):
             self.plain = back
@@ -299,9 +301,11 @@ class _Loop:
             self.result = now
             return
         for name, value in vars(now).items():
-            setattr(self.result, name, getattr(self.result, name).index_copy(0, self.index, value))
+            if isinstance(value, Tensor):
+                setattr(self.result, name, getattr(self.result, name).index_copy(0, self.index, value))
 
     def finish(self) -> Found:
         self._store()
         assert self.result is not None
+        self.result.most = self.taken
         return self.result
