@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from perron.nn import Activate, Equilibrium, Inject, PositiveConcaveConv2d, PositiveConcaveLinear, SparseLinear
+from perron.nn.equilibrium import Gradient
 from perron.solvers import Auto, Picard
 
 EXACT = Auto(tol=1e-10, max_steps=1000)
@@ -162,9 +163,14 @@ def test_compiled_networks_train_and_infer_as_uncompiled_ones(backend: str) -> N
         torch.testing.assert_close(compiled(x[:3]), plain(x[:3]), rtol=1e-5, atol=1e-6)
 
 
-def test_the_only_graph_break_is_the_solve() -> None:
+@pytest.mark.parametrize("gradient", ["implicit", "jacobian_free"])
+@pytest.mark.parametrize(
+    "layer", [PositiveConcaveLinear(3, 3), Equilibrium(Sine(), injection="free")], ids=["read", "opaque"]
+)
+def test_the_only_graph_break_is_the_solve(layer: Equilibrium, gradient: Gradient) -> None:
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(network())(torch.randn(4, 6))
+    layer.gradient = gradient
+    explanation = torch._dynamo.explain(nn.Sequential(nn.Linear(6, 3), layer, nn.Tanh()))(torch.randn(4, 6))
     assert explanation.graph_break_count <= 1, [str(r.reason) for r in explanation.break_reasons]
 
 

@@ -22,9 +22,6 @@ from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, S
 
 __all__ = ["Equilibrium", "Gradient", "Injection", "Start", "State", "positive_injection"]
 
-# A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
-_fixed_point = torch.compiler.disable(fixed_point)
-
 Injection = Literal["softplus", "relu", "given", "free"]
 Gradient = Literal["implicit", "jacobian_free"] | Phantom
 Start = Tensor | float | Callable[[Tensor], Tensor]
@@ -165,6 +162,8 @@ class Equilibrium(nn.Module):
             b, map, dtype = self._read(x)
             return self._equilibrium(map, b, z0).to(dtype)
 
+    # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
+    @torch.compiler.disable  # type: ignore[misc]
     def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
         """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
         exact, guess = self.gradient == "implicit", self._guess(b, z0)
@@ -172,7 +171,7 @@ class Equilibrium(nn.Module):
             map = map.with_kept(torch.zeros_like(b) if guess is None else guess, b)
         posed = _Posed.of(map, b, guess)
         recorder = _Recorder(self, posed)
-        value, solution = _fixed_point(
+        value, solution = fixed_point(
             posed.map if exact else posed.map.rebind([t.detach() for t in map.tensors]),
             posed.injection if exact else posed.injection.detach(),
             self.solver,
