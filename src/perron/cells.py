@@ -966,10 +966,10 @@ def as_cell(cell: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     except ValueError:
         # Builtin functions and compiled modules do not tell their arguments.
         pass
-    return cell if isinstance(cell, nn.Module) else _Function(cell)
+    return cell if isinstance(cell, nn.Module) else Function(cell)
 
 
-class _Function(nn.Module):
+class Function(nn.Module):
     """A plain function f(z, x) as a cell; tensors that it closes over are constants to it."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -159,7 +159,9 @@ def unknown(cls: type[nn.Module], path: str, wanted: str) -> Refusal:
     family = (
         f", a subclass of {known.__name__}" if known is not nn.Module and cls.__module__ != known.__module__ else ""
     )
-    return Refusal(f"{path} is a {cls.__name__}{family}, which is not known to be {wanted}")
+    # The path of the root is its class.
+    subject = "the module" if path == cls.__name__ else path
+    return Refusal(f"{subject} is a {cls.__name__}{family}, which is not known to be {wanted}")
 
 
 @torch.no_grad()

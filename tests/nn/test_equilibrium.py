@@ -568,7 +568,9 @@ def test_a_function_is_a_cell() -> None:
     z = layer(torch.ones(2, 3, requires_grad=True))
     z.sum().backward()
     torch.testing.assert_close(z, 0.5 * z.tanh() + 1, rtol=1e-3, atol=0)
-    assert not layer.certificate()
+    assert layer.certificate().refusal == (
+        "the module is a Function, which is not known to be nonnegative, nondecreasing and concave"
+    )
 
 
 @pytest.mark.parametrize("layer", [PlainLinear(3, 3), Equilibrium(Mean(3), injection="free")], ids=["read", "unread"])
@@ -581,6 +583,18 @@ def test_what_is_no_input_is_named(layer: Equilibrium) -> None:
             call(x.long())
         with pytest.raises(TypeError, match="view_as_real"):
             call(x + 1j)
+        with pytest.raises(TypeError, match=r"ndarray; use torch\.as_tensor"):
+            call(x.numpy())
+        for guess in (torch.ones(3), 1.0):
+            with pytest.raises(ValueError, match=r"z0 must have the shape of the injection, \(2, 3\)"):
+                call(x, z0=guess)
+
+
+@pytest.mark.parametrize("solver", ["anderson", Anderson, 1e-3])
+def test_what_is_no_solver_is_named(solver: object) -> None:
+    for layer in (lambda **k: Equilibrium(Mean(3), **k), lambda **k: PlainLinear(3, 3, **k)):
+        with pytest.raises(TypeError, match=r"such as Auto\(tol=1e-6\), got"):
+            layer(solver=solver)
 
 
 def test_dropout_in_an_unread_cell_is_named() -> None:

@@ -92,7 +92,7 @@ class Equilibrium(nn.Module):
             without `Inject`; a start that is not finite or does not fit; `independent` declared of a cell that is not, or a
             cell that depends on a tensor whose gradient would be lost.
         TypeError: the input is not one tensor, not floating point, or more precise than the layer; a cell that cannot be
-            called as `cell(z, x)`.
+            called as `cell(z, x)`; a solver that is none.
 
     >>> from perron.nn import Activate, Inject
     >>> from perron.constraints import nonnegative
@@ -121,6 +121,8 @@ class Equilibrium(nn.Module):
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
         if injection not in ("softplus", "relu", "given", "free"):
             raise ValueError(f"injection must be 'softplus', 'relu', 'given' or 'free', got {injection!r}")
+        if isinstance(solver, type) or not (solver is None or callable(getattr(solver, "solve", None))):
+            raise TypeError(f"solver must be an object of perron.solvers, such as Auto(tol=1e-6), got {solver!r}")
         self.cell = as_cell(cell)
         self.injection = injection
         self.solver: Solver = Auto() if solver is None else solver
@@ -301,25 +303,13 @@ class Equilibrium(nn.Module):
     def _guess(self, b: Tensor, z0: Tensor | None) -> Tensor | None:
         """Where to start: as told, else near earlier fixed points, else where the layer says."""
         if z0 is not None:
+            if not isinstance(z0, Tensor) or z0.shape != b.shape:
+                got: object = tuple(z0.shape) if isinstance(z0, Tensor) else z0
+                raise ValueError(f"z0 must have the shape of the injection, {tuple(b.shape)}, got {got!r}")
             return z0.detach().to(b)
         if self.mean is not None and self.mean.shape == b.shape[1:]:
             return self.mean.to(b).expand_as(b)
-        if self.z0 is None:
-            return None
-        if not isinstance(self.z0, Tensor) and callable(self.z0):
-            with torch.no_grad():
-                start = self.z0(b.detach())
-            if not isinstance(start, Tensor) or start.shape != b.shape:
-                got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
-                raise ValueError(f"the function z0 must return the shape of the injection, {tuple(b.shape)}, got {got}")
-            return start.detach().to(b)
-        start = torch.as_tensor(self.z0, dtype=b.dtype, device=b.device)
-        try:
-            return start.expand(b.shape[1:]).expand_as(b)
-        except RuntimeError:
-            raise ValueError(
-                f"z0 of shape {tuple(start.shape)} does not broadcast to one state, {tuple(b.shape[1:])}"
-            ) from None
+        return None if self.z0 is None else _start(self.z0, b)
 
     def _remember(self, solution: Solution) -> Solution:
         self.last_solution = solution
@@ -349,7 +339,8 @@ class Equilibrium(nn.Module):
         return {**self.__dict__, "last_solution": None, "_observers": []}
 
     def extra_repr(self) -> str:
-        return f"injection={self.injection!r}, solver={self.solver}"
+        declared = ", independent=True" if self.independent else ""
+        return f"injection={self.injection!r}, solver={self.solver}{declared}"
 
 
 def _checked_start(z0: Start) -> Any:
@@ -362,12 +353,29 @@ def _checked_start(z0: Start) -> Any:
     return z0
 
 
+@torch.no_grad()
+def _start(z0: Start, b: Tensor) -> Tensor:
+    """The start that a layer was given, for these injections."""
+    if not isinstance(z0, Tensor) and callable(z0):
+        start = z0(b.detach())
+        if not isinstance(start, Tensor) or start.shape != b.shape:
+            got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
+            raise ValueError(f"the function z0 must return the shape of the injection, {tuple(b.shape)}, got {got}")
+        return start.to(b)
+    start = torch.as_tensor(z0, dtype=b.dtype, device=b.device)
+    try:
+        return start.expand(b.shape[1:]).expand_as(b)
+    except RuntimeError:
+        raise ValueError(
+            f"z0 of shape {tuple(start.shape)} does not broadcast to one state, {tuple(b.shape[1:])}"
+        ) from None
+
+
 def check_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"the input must be one tensor (batch, ...), got a {type(x).__name__}; join several with torch.cat, or keep the "
-            "others on the cell"
-        )
+        several = isinstance(x, tuple | list)
+        remedy = "join them with torch.cat, or keep the others on the cell" if several else "use torch.as_tensor(x)"
+        raise TypeError(f"the input must be one tensor (batch, ...), got a {type(x).__name__}; {remedy}")
 
 
 @dataclass(frozen=True)
