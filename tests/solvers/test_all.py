@@ -145,6 +145,8 @@ def test_bad_samples_leave_their_neighbours_alone(solver) -> None:
     assert solution.value[1].isnan().all()
     assert not solution.certified
     assert solution.proven.tolist() == [True, False, True, True, False, True]
+    layer.solver = replace(solver, steps=30, on_failure="ignore")
+    assert not layer.solve(b).proven[[1, 4]].any(), "a bounded activation makes something finite of inf"
 
 
 @pytest.mark.parametrize("n", [0, 1])

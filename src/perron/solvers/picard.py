@@ -169,7 +169,9 @@ class _Enclosing:
         # Where nothing bounds the rest, the last point still stands, unproven.
         q = torch.where(per_sample(r < 1, q), q, s)
         trial = Evaluated(at_zero, z, s, q, self.problem(q))
-        self._keep(prove(trial, self.rounding) if self.proving else observe(trial), slice(None))
+        found = prove(trial, self.rounding) if self.proving else observe(trial)
+        # A bounded activation makes something finite of an infinite injection.
+        self._keep(replace(found, proven=found.proven & all_finite(self.problem.injection)), slice(None))
         self.point = s
         self.steps += max(steps, taken + 2)
         self.rate = r
