@@ -362,3 +362,15 @@ def test_broken_patterns_are_not_loaded() -> None:
     state["columns"].fill_(7)
     with pytest.raises(RuntimeError, match="out of range"):
         SparseLinear(EDGES, 5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparse_products_in_half_precision(dtype: torch.dtype) -> None:
+    sparse = SparseLinear(torch.tensor([[0, 1, 1], [1, 0, 1]]), 2).to(dtype)
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=dtype, requires_grad=True)
+    dense = torch.zeros(2, 2)
+    dense[0, 1], dense[1, 0], dense[1, 1] = sparse.weight.detach().float()
+    y = sparse(x)
+    torch.testing.assert_close(y.float(), x.detach().float() @ dense.t(), rtol=1e-2, atol=1e-2)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.float(), dense.sum(0).expand(2, 2), rtol=1e-2, atol=1e-2)

@@ -112,7 +112,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(pattern: SparsePattern, values: Tensor, v: Tensor) -> Tensor:
-        return (pattern.matrix(values) @ v.t()).t().contiguous()
+        # Sparse libraries have no products in half precision.
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        return (pattern.matrix(values.to(dtype)) @ v.to(dtype).t()).t().contiguous().to(v.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -35,6 +35,8 @@ SOLVERS = {
     "chord": MonotoneNewton(linear="chord"),
     "krylov": MonotoneNewton(linear="krylov"),
     "bfloat16 steps": Auto(precision=torch.bfloat16),
+    "bfloat16 factors": MonotoneNewton(precision=torch.bfloat16, linear="batched"),
+    "bfloat16 chord": MonotoneNewton(precision=torch.bfloat16, linear="chord"),
 }
 
 

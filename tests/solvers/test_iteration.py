@@ -66,3 +66,9 @@ def test_half_of_the_way_back() -> None:
 
     run(function, torch.zeros(1, 1), 5, Far())
     assert seen == [0.0, 8.0, 4.0, 2.0, 1.0]
+
+
+def test_a_goal_that_has_underflowed_is_no_error() -> None:
+    rule = Rule(0.0, None, False, 300)
+    found = iterate(Elementwise(lambda z: 0.5 * z + 1), Mixed(None, Mixing(5)), torch.tensor([[0.3]]), rule)
+    torch.testing.assert_close(found.value, torch.tensor([[2.0]]))

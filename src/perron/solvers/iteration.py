@@ -278,7 +278,9 @@ class _Loop:
                 return True
             wanted = np.log(tol / measure)[running] / (1.1 * np.log(np.minimum(rate, 0.999))[running]) if k > 1 else 1
         blind = _BLIND if math.isinf(self.method.trust) else _BLIND_MIXED
-        self.next_look = k + min(max(1, int(np.max(wanted))), blind)
+        # Rates of what overflows or underflows on the way may be no numbers: those wait the longest.
+        wait = float(np.max(wanted))
+        self.next_look = k + (max(1, int(wait)) if wait < blind else blind)
         if self.rule.compact and count <= len(running) / 2:
             self._keep(torch.from_numpy(running).to(self.z.device))
         return False

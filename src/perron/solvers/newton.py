@@ -90,6 +90,11 @@ class MonotoneNewton(Accelerated):
         return origin.at_p.to(origin.p.dtype) if math.isinf(top) else torch.full_like(origin.p, top)
 
 
+def _factorable(t: Tensor) -> Tensor:
+    """In a precision that LAPACK has."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class _Batched:
     """(I - D A)^{-1} for every sample."""
 
@@ -101,8 +106,8 @@ class _Batched:
     def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         slope = self.model.slope(fz).flatten(1)
         system = torch.eye(len(self.matrix), dtype=z.dtype, device=z.device) - slope.unsqueeze(2) * self.matrix
-        step, _ = torch.linalg.solve_ex(system, (fz - z).flatten(1))
-        return z + step.view_as(z)
+        step, _ = torch.linalg.solve_ex(_factorable(system), _factorable((fz - z).flatten(1)))
+        return z + step.view_as(z).to(z.dtype)
 
     def select(self, index: Tensor) -> _Batched:
         return self
@@ -121,10 +126,10 @@ class _Chord:
         if self.factors is None:
             slope = torch.nan_to_num(self.model.slope(fz).flatten(1)).mean(0).unsqueeze(1)
             system = torch.eye(len(self.matrix), dtype=z.dtype, device=z.device) - slope * self.matrix
-            factors, pivots, _ = torch.linalg.lu_factor_ex(system)
+            factors, pivots, _ = torch.linalg.lu_factor_ex(_factorable(system))
             self.factors = (factors, pivots)
-        step = torch.linalg.lu_solve(*self.factors, (fz - z).flatten(1).t()).t()
-        return self.mixing(z, step.reshape(z.shape))
+        step = torch.linalg.lu_solve(*self.factors, _factorable((fz - z).flatten(1)).t()).t()
+        return self.mixing(z, step.reshape(z.shape).to(z.dtype))
 
     def select(self, index: Tensor) -> _Chord:
         new = _Chord(self.matrix, self.model)
