@@ -232,7 +232,7 @@ def test_warm_starts_change_the_cost_and_not_the_proof(solver) -> None:
         assert warm.certified
         assert warm.converged.all()
         assert ((warm.lower.double() <= exact) & (exact <= warm.upper.double())).all()
-    with pytest.raises(ValueError, match="z0 has shape"):
+    with pytest.raises(ValueError, match="z0 must have the shape"):
         layer.solve(x, z0=cold.value[:3])
 
 
