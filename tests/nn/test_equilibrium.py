@@ -381,6 +381,18 @@ def test_an_adjoint_is_reported_with_its_own_solve() -> None:
     assert layer.last_solution.adjoint is None
 
 
+@pytest.mark.parametrize(("independent", "unit"), [(False, "1 of 1 batches"), (True, "4 of 4 samples")])
+def test_an_adjoint_that_fails_names_what_was_solved(independent: bool, unit: str) -> None:
+    few = Auto(tol=1e-7, max_steps=5)
+    layer = Equilibrium(
+        lambda z, x: 0.9 * z.roll(1, 1).sin() + x, injection="free", solver=few, independent=independent
+    )
+    with pytest.warns(ConvergenceWarning, match=f"Auto: {unit} did not reach"):
+        value = layer(torch.randn(4, 8).requires_grad_())
+    with pytest.warns(ConvergenceWarning, match=f"adjoint: {unit} did not reach"):
+        value.sum().backward()
+
+
 def test_adjoints_of_shared_layers_of_double_backward_and_of_checkpoints() -> None:
     layer = PositiveConcaveLinear(5, 5)
     x = torch.randn(4, 5, requires_grad=True)

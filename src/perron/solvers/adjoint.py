@@ -23,7 +23,7 @@ from torch import Tensor
 
 from perron._batch import all_finite, amax, amin, euclidean, per_sample
 from perron.affine import AffineStep, DenseStep
-from perron.cells import Chain, ChainLinearization, Linearization, Map
+from perron.cells import Chain, ChainLinearization, Linearization, Map, OneSystem
 from perron.contraction import sensitivity, underflow, variation
 from perron.monotone import margin
 from perron.rounding import Number, gamma, unit_roundoff
@@ -92,7 +92,7 @@ def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Sol
     rule = Rule(solver.tol, None, False, solver.max_steps)
     found = _iterate(problem, None, None, rule, structure)
     converged = found.measure <= solver.tol
-    report_failure("tangent", converged, found.measure, solver.tol, solver.max_steps, solver.on_failure)
+    _report("tangent", map, converged, found.measure, solver)
     return found.value
 
 
@@ -127,8 +127,13 @@ def solve_adjoint(
     g, solution, measure = adjoint_in_steps(
         map, z, injection, v, solver.tol, solver.max_steps, bounds=bounds, structure=structure
     )
-    report_failure("adjoint", solution.converged, measure, solver.tol, solver.max_steps, solver.on_failure)
+    _report("adjoint", map, solution.converged, measure, solver)
     return g, solution
+
+
+def _report(what: str, map: Map, converged: Tensor, measure: Tensor, solver: Solver) -> None:
+    unit = "batches" if isinstance(map, OneSystem) else "samples"
+    report_failure(what, converged, measure, solver.tol, solver.max_steps, solver.on_failure, unit=unit)
 
 
 @torch.no_grad()
