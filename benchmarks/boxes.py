@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from perron._files import write_json
 from perron.affine import Refusal
 from perron.cells import Activate, Inject, VariationalDropout
 from perron.constraints import nonnegative
@@ -319,8 +320,7 @@ def main() -> int:
     result = measure(arguments.samples, arguments.seed)
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
     return int(bool(result["outside"] or result["inverted"]))
 
 

@@ -8,7 +8,6 @@ A copy of the package is mutated, and the tests named with the mutant run on it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from perron._files import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -313,6 +314,118 @@ MUTANTS = [
         "most * w, 0.5 * least * change + (most - least) * w",
         "tests/test_contraction.py",
     ),
+    Mutant(
+        "shift of a monotone fixed point",
+        "verify/interval.py",
+        "return euclidean(radius) / margin(chain) *",
+        "return 0.99 * euclidean(radius) / margin(chain) *",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "shift of a fixed point of bounded gain",
+        "verify/interval.py",
+        "return gain(_behind_injection(chain)[1]) *",
+        "return 0.99 * gain(_behind_injection(chain)[1]) *",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "shift in Thompson's metric",
+        "verify/interval.py",
+        "apart = (_thompson_distance(chain, b, centre) + 1e-12)",
+        "apart = 0.99 * (_thompson_distance(chain, b, centre) + 1e-12)",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "Thompson distance behind an activation",
+        "verify/interval.py",
+        "apart = apart * min(activation_degree(step.activation), 1.0)",
+        "apart = 0.99 * apart * min(activation_degree(step.activation), 1.0)",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "Thompson distance behind a norm",
+        "verify/interval.py",
+        "            apart = apart * 2",
+        "            apart = apart * 1.98",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "radius of a box",
+        "verify/interval.py",
+        "return centre, radius * (1 + 4 * _U)",
+        "return centre, 0.99 * radius",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "box behind batch normalisation",
+        "verify/interval.py",
+        "spread = radius * scale.abs() +",
+        "spread = 0.99 * radius * scale.abs() +",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "rounding behind batch normalisation",
+        "verify/interval.py",
+        "+ 2 * gamma(8, DTYPE) * size + _TINY",
+        "+ _TINY",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "jump of torch's softplus",
+        "verify/interval.py",
+        "/ beta * (1 + 1e-12) + _TINY",
+        "/ beta * 0.99 + _TINY",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "rounding of softplus injections",
+        "verify/interval.py",
+        "_widened(low, high, 128 * _U) if injection",
+        "_widened(low, high, 0 * _U) if injection",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "rounding of an affine box",
+        "affine.py",
+        "slack = 4 * gamma(self.terms + 8, lower.dtype) * magnitude(centre.abs() + radius)",
+        "slack = 0 * magnitude(centre.abs() + radius)",
+        "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "quotients below the range in a chord",
+        "enclosure.py",
+        "* (1 - 2048 * u) - tiny).clamp(0, 1 / u**2)",
+        "* (1 - 2048 * u)).clamp(0, 1 / u**2)",
+        "tests/test_enclosure.py",
+    ),
+    Mutant(
+        "slopes of values beyond the range",
+        "cells.py",
+        "        value = value.clamp(activation.at_zero, activation.supremum)\n",
+        "",
+        "tests/solvers/test_adjoint.py",
+    ),
+    Mutant(
+        "underflow in the adjoint",
+        "solvers/adjoint.py",
+        "    return 8 * (count + entries) *",
+        "    return 0 * (count + entries) *",
+        "tests/solvers/test_adjoint.py",
+    ),
+    Mutant(
+        "underflow before a norm",
+        "cells.py",
+        "relative = compound(relative, 2 * float(absolute) / LEAST_NORMALIZED)",
+        "pass",
+        "tests/test_contraction.py",
+    ),
+    Mutant(
+        "slopes of an adjoint from one place",
+        "solvers/adjoint.py",
+        '(chain if plain is not None else self.exact).linearize_at_fixed_point(start, "upper")',
+        'None if plain is None else chain.linearize_at_fixed_point(start, "upper")',
+        "tests/solvers/test_adjoint.py",
+    ),
 ]
 
 
@@ -352,8 +465,7 @@ def main() -> int:
                 {"bound": mutant.bound, "file": mutant.path, "mutation": mutant.new.strip(), "caught_by": test}
             )
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.output, results)
     missed = sum(not r["caught_by"] for r in results)
     print(f"{len(results) - missed} of {len(results)} mutants caught")
     return int(missed > 0)
