@@ -163,9 +163,8 @@ class GraphEquilibrium(Equilibrium):
 
     Shape:
         x (nodes, channels), edge_index (2, edges), edge_weight (edges,) or None; output (nodes, channels), with the gradients
-        of x and edge_weight. Without
-        `normalize` the channels are the samples of the Solution, (channels, nodes); with it the graph is one sample,
-        (1, channels, nodes).
+        of x and edge_weight. Without `normalize` the channels are the samples of the Solution, (channels, nodes); with it
+        the graph is one sample, (1, channels, nodes).
 
     Raises:
         Refusal: the activation is none of `perron.activations`, or alpha was assigned out of range.
