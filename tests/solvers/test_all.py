@@ -151,6 +151,17 @@ def test_bad_samples_leave_their_neighbours_alone(solver) -> None:
     assert not layer.solve(b).proven[[1, 4]].any(), "a bounded activation makes something finite of inf"
 
 
+@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, MonotoneNewton])
+def test_samples_that_leave_after_one_coarse_step(make) -> None:
+    """What is measured of bfloat16 steps is float64 from the first step on."""
+    layer = dense_layer(0.1028 * torch.ones(1, 1, dtype=torch.float64), "erf")
+    layer.solver = make(tol=1e-8, precision=torch.bfloat16, max_steps=8, on_failure="ignore")
+    b = torch.tensor([[2e-7], [6e-5], [4e-2], [4e-4], [6e-2], [3e-4], [3e-10], [2e-8], [2e-9], [7e-6]]).double()
+    solution = layer.solve(b)
+    exact = truth(layer, b)
+    assert ((solution.lower <= exact * (1 + 1e-12)) & (exact * (1 - 1e-12) <= solution.upper)).all()
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_small_batches(solver, n: int) -> None:
     layer = PositiveConcaveLinear(5, 7, solver=solver)

@@ -304,7 +304,9 @@ class _Loop:
             return
         for name, value in vars(now).items():
             if isinstance(value, Tensor):
-                setattr(self.result, name, getattr(self.result, name).index_copy(0, self.index, value))
+                # Measures have the precision of what residuals are divided by, but only from the first one on.
+                old = getattr(self.result, name)
+                setattr(self.result, name, old.index_copy(0, self.index, value.to(old.dtype)))
 
     def finish(self) -> Found:
         self._store()
