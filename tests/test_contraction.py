@@ -269,8 +269,11 @@ def test_what_is_proven_has_no_second_fixed_point() -> None:
 
 def long_picard_from(chain: Chain, b: Tensor, z: Tensor) -> Tensor:
     for _ in range(3000):
-        z = 0.5 * z + 0.5 * chain(z, b)
-    return z.detach()
+        before, z = z, (0.5 * z + 0.5 * chain(z, b)).detach()
+        # Where 3,000 steps come near at all, what is left of the way is far below 1e-6.
+        if torch.allclose(z, before, rtol=0, atol=1e-14):
+            break
+    return z
 
 
 def test_the_weighted_norm_proves_more_than_row_sums() -> None:
