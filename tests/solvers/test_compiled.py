@@ -28,7 +28,7 @@ def random_cells(activation: str, solver: Compiled, count: int):
 
 
 def check_soundness(backend: str, cells: int) -> None:
-    for activation in ("tanh", "sigmoid", "log1p"):
+    for activation in ("tanh", "sigmoid", "log1p", "one_minus_exp"):
         solver = Compiled(tol=1e-4, max_steps=2000, backend=backend)
         for layer, b in random_cells(activation, solver, cells):
             solution = layer.solve(b)
@@ -113,6 +113,30 @@ def test_a_failing_compiler_is_reported_and_does_no_harm(caplog) -> None:
 
 def _broken(graph, inputs):
     raise RuntimeError("no compiler here")
+
+
+def _cancelling(graph: torch.fx.GraphModule, inputs):
+    """A compiler that writes expm1 as torch's vectorised code does."""
+    for node in graph.graph.nodes:
+        if node.target is torch.expm1:
+            node.target = lambda v: torch.exp(v) - 1
+    graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_code_that_loses_the_digits_of_the_activation_proves_nothing(dtype, caplog) -> None:
+    weight = torch.rand(9, 9, dtype=dtype) / 18
+    layer = dense_layer(weight, "one_minus_exp", solver=Compiled(tol=1e-6, backend=_cancelling))
+    b = (torch.rand(6, 9, dtype=dtype) + 0.1) * (1e-3 if dtype == torch.float32 else 1e-8)
+    with caplog.at_level(logging.WARNING, "perron"):
+        for _ in range(4):
+            solution = layer.solve(b)
+            exact = truth(layer, b)
+            assert solution.certified
+            assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
+    assert [plan.refused for plan in layer.solver.plans.values()] == [True]
+    assert "one_minus_exp loses digits" in caplog.text
 
 
 def test_what_cannot_be_compiled_is_solved_all_the_same() -> None:

@@ -3,12 +3,15 @@
 On small layers a solve is a few hundred tensor operations of microseconds each, nearly all of it overhead. In a fixed
 number of steps nothing depends on data, so the compiler can fuse all of it, the proof included. The number of steps is
 what the same problem took uncompiled before; samples that are not proven by then take the usual way.
+
+Compilers replace functions by others that lose digits (exp(x) - 1 for expm1), which no bound of a proof allows for: so the
+compiled code evaluates the activation on a probe, too, and serves only where that is what the uncompiled one gives.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,6 +38,9 @@ _COMPILABLE = {DenseStep, DiagonalLowRankStep, ActivationStep, InjectStep}
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
 
+# Decades on which a compiled activation is compared, and how many arguments.
+_DECADES, _PROBES = (-30, 3), 512
+
 
 @dataclass
 class _Plan:
@@ -46,6 +52,7 @@ class _Plan:
     compilations: int = 0
     run: Callable[..., tuple[Tensor, ...]] | None = None
     refused: bool = False
+    compared: bool = False
 
     def observe(self, steps: Tensor) -> bool:
         """Whether to compile now, after a solve that took these steps."""
@@ -54,6 +61,11 @@ class _Plan:
         ready = self.sightings >= _SIGHTINGS and not self.refused
         self.compilations += ready
         return ready
+
+    def refuse(self, reason: str) -> None:
+        """Never compile it again."""
+        logger.warning("the solve could not be compiled and goes on uncompiled: %s", reason)
+        self.run, self.refused = None, True
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,11 @@ class Compiled(Auto):
             if plan.observe(found.steps):
                 plan.run = self._compile_solve(problem, plan.steps + 1)
             return found
-        tensors = self._try(plan, list(problem.map.tensors), problem.injection)
-        if tensors is None:
+        probes = _probes(problem.injection)
+        tensors = self._try(plan, list(problem.map.tensors), problem.injection, probes)
+        if tensors is None or not _faithful(plan, problem.map, probes, tensors[len(_SOLUTION) :]):
             return super()._solve(problem, z0)
-        parts: dict[str, Any] = dict(zip(_SOLUTION, tensors, strict=True))
+        parts: dict[str, Any] = dict(zip(_SOLUTION, tensors[: len(_SOLUTION)], strict=True))
         found = Solution(**parts, precision=self._precision(), stopping="enclosure")
         left = (~found.converged).nonzero().flatten()
         self._judge(plan, bool(left.numel()))
@@ -137,8 +150,7 @@ class Compiled(Auto):
         try:
             return plan.run(*arguments)
         except Exception as error:  # torch.compile fails in many ways, none of which may stop a solve
-            logger.warning("the solve could not be compiled and goes on uncompiled: %s", str(error).split("\n")[0])
-            plan.run, plan.refused = None, True
+            plan.refuse(str(error).split("\n")[0])
             return None
 
     @staticmethod
@@ -146,17 +158,20 @@ class Compiled(Auto):
         """Samples left over too often: compile again with more steps."""
         plan.leftovers = plan.leftovers + 1 if leftover else 0
         if plan.leftovers >= _PATIENCE and plan.compilations < _COMPILATIONS:
-            plan.run, plan.leftovers, plan.steps = None, 0, min(plan.steps + _MORE, _MOST)
+            plan.run, plan.leftovers, plan.compared = None, 0, False
+            plan.steps = min(plan.steps + _MORE, _MOST)
 
     def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
         options = {f.name: getattr(self, f.name) for f in fields(Auto) if f.name not in ("steps", "on_failure")}
         inner = Auto(**options, steps=max(steps, 5), on_failure="ignore")
         template = _template(problem.map)
+        activation = template.last_activation
+        assert activation is not None
 
-        def run(tensors: list[Tensor], injection: Tensor) -> tuple[Tensor, ...]:
+        def run(tensors: list[Tensor], injection: Tensor, probes: list[Tensor]) -> tuple[Tensor, ...]:
             # Auto's own _solve only: the layers around it report failures and count.
             found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, True), None)
-            return tuple(getattr(found, name) for name in _SOLUTION)
+            return *(getattr(found, name) for name in _SOLUTION), *(activation(v) for v in probes)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
 
@@ -180,6 +195,31 @@ class Compiled(Auto):
             return g, *(getattr(found, name) for name in _ADJOINT)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
+
+
+def _probes(like: Tensor) -> list[Tensor]:
+    """Arguments in the precisions of a proof: that of the layer, and float64."""
+    return [
+        torch.logspace(*_DECADES, _PROBES, dtype=dtype, device=like.device)
+        for dtype in dict.fromkeys((like.dtype, torch.float64))
+    ]
+
+
+def _faithful(plan: _Plan, map: Map, probes: list[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether the compiled activation is as exact as the rounding of a proof takes it to be; asked once of compiled code."""
+    if plan.compared:
+        return True
+    assert isinstance(map, Chain)
+    activation = map.last_activation
+    assert activation is not None
+    for v, value in zip(probes, found, strict=True):
+        known = activation(v)
+        # Each of them within so many units of roundoff.
+        if not bool(((value - known).abs() <= activation.ulps * torch.finfo(v.dtype).eps * known.abs()).all()):
+            plan.refuse(f"the compiler's {activation.name} loses digits in {v.dtype}, which voids the proof")
+            return False
+    plan.compared = True
+    return True
 
 
 def _template(map: Map) -> Chain:
