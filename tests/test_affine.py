@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from perron import certify
 from perron.affine import (
     AffineStep,
     ConvolutionStep,
@@ -18,7 +19,7 @@ from perron.affine import (
     affine_step,
     full_float32,
 )
-from perron.nn import PositiveConcaveLinear
+from perron.nn import Equilibrium, Inject, PositiveConcaveLinear
 from perron.solvers import Auto, Compiled, Picard
 from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear, transposed_kernel
 
@@ -374,3 +375,30 @@ def test_sparse_products_in_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.float(), x.detach().float() @ dense.t(), rtol=1e-2, atol=1e-2)
     y.sum().backward()
     torch.testing.assert_close(x.grad.float(), dense.sum(0).expand(2, 2), rtol=1e-2, atol=1e-2)
+
+
+class Coarse(nn.Parameter):
+    """A weight that multiplies with few digits, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear:
+            return found.bfloat16().to(found.dtype)
+        same = isinstance(found, Tensor) and isinstance(args[0], cls) and found.shape == args[0].shape
+        return found.as_subclass(cls) if same else found
+
+
+def test_weights_with_an_arithmetic_of_their_own_are_not_read() -> None:
+    linear = nn.Linear(2, 2, bias=False)
+    linear.weight = Coarse(torch.tensor([[0.5, 0.3], [0.2, 0.5]]))
+    with pytest.raises(Refusal, match="a Coarse, whose arithmetic is not known"):
+        affine_step(linear)
+    with pytest.raises(Refusal, match="Coarse"):
+        DenseStep((linear.weight,), None).check_tensors()
+    cell = nn.Sequential(linear, Inject(), nn.Tanh())
+    assert "Coarse" in certify(cell).refusal
+    solution = Equilibrium(cell, solver=Auto(tol=1e-2)).solve(torch.rand(3, 2))
+    assert not solution.certified
+    assert solution.converged.all()

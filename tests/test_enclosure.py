@@ -9,7 +9,8 @@ from perron.affine import Refusal
 from perron.cells import Inject, trace
 from perron.enclosure import Evaluated, prove, relative_error_bound, round_outward, verify
 from perron.nn import PositiveConcaveConv2d
-from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
+from perron.verify import Interval, propagate
 from problems import SUBLINEAR, dense_layer, dense_problems, long_picard, truth
 
 RELIABLE = 1e-12
@@ -271,3 +272,63 @@ def test_monotone_and_concave_in_the_injection() -> None:
     z = [truth(layer, b) for b in (low, high, (low.double() + high.double()) / 2)]
     assert (z[0] <= z[1]).all()
     assert (z[2] >= (z[0] + z[1]) / 2 - 1e-12).all()
+
+
+def test_what_a_precision_does_not_hold_is_not_verified_in_it() -> None:
+    # z* = [2e-8, 1e38]; in float32 the weight is 0.
+    layer = dense_layer(torch.tensor([[0.0, 1e-46], [0.0, 0.0]], dtype=torch.float64), "relu")
+    b = torch.tensor([[1e-8, 1e38]], dtype=torch.float64)
+    for injection in (b, b.float()):
+        with pytest.raises(Refusal, match=r"float32 does not hold numbers of .*float64; verify in float64"):
+            verify(layer, b, injection, dtype=torch.float32)
+    with pytest.raises(Refusal, match="does not hold"):
+        verify(dense_layer(torch.eye(2) / 2, "relu"), b, b, dtype=torch.float32)
+    found = verify(layer, b, b)
+    assert found.proven.all()
+    assert float(found.lower[0, 0]) > 1.9999e-8
+
+
+@pytest.fixture
+def flushing():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "b"), [(torch.float32, 1e-40, [1e-8, 1e32]), (torch.float64, 1e-310, [1e-8, 1e302])]
+)
+def test_nothing_is_proven_while_subnormal_numbers_count_as_zero(flushing, dtype, weight, b) -> None:
+    matrix = torch.zeros(2, 2, dtype=dtype)
+    torch.set_flush_denormal(False)
+    matrix[0, 1] = weight
+    assert float(matrix[0, 1]) > 0
+    torch.set_flush_denormal(True)
+    # z* = [2e-8, ...], and what is computed is [1e-8, ...].
+    layer, x = dense_layer(matrix, "relu"), torch.tensor([b], dtype=dtype)
+    assert "subnormal" in layer.certificate().refusal
+    with pytest.raises(Refusal, match="subnormal"):
+        verify(layer, x, x)
+    with pytest.raises(Refusal, match="subnormal"):
+        propagate(torch.nn.ReLU(), Interval(x, x))
+    chain = trace(layer.cell)
+    for solver in (Auto(), Picard(), Anderson(), MonotoneNewton(), Broyden()):
+        layer.solver = solver
+        assert not layer.solve(x).certified
+        for posed in (FixedPointProblem(chain, x, proven=True), FixedPointProblem(chain, x, contracts=True)):
+            found = solver.solve(posed)
+            assert not found.certified
+            assert found.converged.all()
+    torch.set_flush_denormal(False)
+    assert layer.solve(x).certified
+
+
+def test_no_adjoint_is_proven_while_subnormal_numbers_count_as_zero(flushing) -> None:
+    torch.set_flush_denormal(False)
+    layer, x = dense_layer(torch.eye(2) / 2, "tanh"), torch.ones(1, 2, requires_grad=True)
+    y = layer(x)
+    torch.set_flush_denormal(True)
+    y.sum().backward()
+    assert layer.last_solution.certified
+    assert not layer.last_solution.adjoint.certified

@@ -254,6 +254,30 @@ def test_classes_patched_at_run_time_are_refused(monkeypatch) -> None:
         propagate(nn.Sequential(nn.Linear(3, 3)), Interval(x, x))
 
 
+def test_methods_exchanged_inside_of_one_file_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(nn.Tanh, "forward", nn.ReLU.forward)
+    x = torch.full((1, 3), 5.0)
+    with pytest.raises(Refusal, match="methods were replaced"):
+        propagate(nn.Sequential(nn.Tanh()), Interval(x, x))
+
+
+def test_a_second_base_beside_a_known_class_is_looked_at() -> None:
+    class Calls(nn.Module):
+        def _call_impl(self, x):
+            return 100 * x
+
+        __call__ = _call_impl
+
+    class Both(nn.Linear, Calls):
+        pass
+
+    module = Both(1, 1)
+    module.parametrizations = nn.ModuleDict({"weight": nn.Identity()})
+    assert float(module(torch.ones(1, 1))) == 100
+    with pytest.raises(Refusal, match="not torch's own class"):
+        reading.kind(module, "here")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_and_scripted_modules_are_refused() -> None:
     x = torch.ones(1, 3)

@@ -19,7 +19,7 @@ import torch.nn.grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from perron.rounding import gamma
+from perron.rounding import flushes_subnormals, gamma
 from perron.structured import (
     DiagonalLowRank,
     MonotoneConvolution2d,
@@ -42,6 +42,7 @@ __all__ = [
     "Refusal",
     "SparseStep",
     "affine_step",
+    "check_rounding",
     "full_float32",
 ]
 
@@ -67,6 +68,14 @@ def full_float32() -> bool:
 
 class Refusal(ValueError):
     """Why a cell's structure, or a proof about it, could not be verified."""
+
+
+def check_rounding() -> None:
+    """Raise Refusal where no rounding bound holds."""
+    if flushes_subnormals():
+        raise Refusal(
+            "subnormal numbers count as zero (torch.set_flush_denormal), and no rounding bound allows for that"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,7 @@ class AffineStep(ABC):
 
     def check_tensors(self) -> None:
         """Raise Refusal unless the tensors hold real floating-point numbers in one precision, in memory."""
+        self.check_arithmetic()
         for t in self.tensors:
             if t.device.type == "meta":
                 raise Refusal("a weight of the cell is on the meta device and has no values")
@@ -133,6 +143,12 @@ class AffineStep(ABC):
                 raise Refusal(f"a weight of the cell has the layout {t.layout}; use perron.nn.SparseLinear")
             if t.dtype not in _PRECISIONS:
                 raise Refusal(f"a weight of the cell is {t.dtype}; only real floating-point numbers are verified")
+
+    def check_arithmetic(self) -> None:
+        """Raise Refusal where a tensor computes in a way of its own, as quantised ones do."""
+        for t in self.tensors:
+            if type(t) not in (Tensor, nn.Parameter):
+                raise Refusal(f"a weight of the cell is a {type(t).__name__}, whose arithmetic is not known")
 
     def check_bias(self, features: int) -> None:
         """Raise Refusal where the bias would broadcast, or does not fit."""
@@ -786,5 +802,12 @@ AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
 
 
 def affine_step(module: nn.Module) -> AffineStep:
-    """A Linear, SparseLinear, DiagonalLowRank, convolution or AvgPool module as a step; its tensors stay attached."""
-    return AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
+    """A Linear, SparseLinear, DiagonalLowRank, convolution or AvgPool module as a step; its tensors stay attached.
+
+    Raises:
+        Refusal: what it computes is not known.
+    """
+    step = AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
+    if not torch.compiler.is_compiling():
+        step.check_arithmetic()
+    return step

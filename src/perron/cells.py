@@ -165,7 +165,13 @@ class VariationalDropout(nn.Module):
         self.mask = torch.empty_like(like).bernoulli_(1 - self.p).div_(1 - self.p)
 
     def step(self) -> MaskStep:
-        """The last masks; without entries before the first batch."""
+        """The last masks; without entries before the first batch.
+
+        Raises:
+            Refusal: p was assigned out of range.
+        """
+        if not 0 <= self.p < 1:
+            raise Refusal(f"no mask of a dropout with p = {self.p} is known; p must be in [0, 1)")
         mask = torch.empty(0) if self.mask is None else self.mask
         # A little more than 1/(1 - p), which float32 may have rounded up.
         return MaskStep((mask,), None, (1 + 2**-20) / (1 - self.p))

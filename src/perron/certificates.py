@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perron import reading
-from perron.affine import AffineStep, Refusal
+from perron.affine import AffineStep, Refusal, check_rounding
 from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep, trace, unknown_step
 from perron.contraction import check_nonnegative, degree, gain
 from perron.monotone import margin
@@ -205,6 +205,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
     """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
     kind = "none"
     try:
+        check_rounding()
         chain.sizes()
         if chain.normalizes:
             raise Refusal("division by a norm is not monotone")
@@ -262,6 +263,7 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
     samples may still be certified, by `perron.contraction`.
     """
     try:
+        check_rounding()
         chain.sizes()
     except Refusal as refusal:
         return refused(str(refusal))

@@ -227,7 +227,8 @@ def verify(
         cell: a positive concave cell (Sequential with one `Inject`), a layer with a `cell`, or a `Chain`.
         candidate: (batch, ...) any dtype, for instance float32 or bfloat16.
         injection: (batch, ...) b itself, as the cell adds it.
-        dtype: precision of the proof; float32 is refused where its sums cannot be bounded.
+        dtype: precision of the proof; float32 is refused where its sums cannot be bounded, and where a weight or the
+            injection is float64: it would be rounded, and another cell be verified.
         attempts: how often delta is enlarged for samples that are not proven yet.
         neumann_steps: at most this many products with J.
 
@@ -251,6 +252,9 @@ def verify(
         check_injection(injection, positive=False)
         if not certificate:
             raise Refusal(str(certificate.refusal))
+        given = {t.dtype for t in (injection, *chain.tensors)}
+        if any(not t.is_floating_point or torch.promote_types(t, dtype) != dtype for t in given):
+            raise Refusal(f"{dtype} does not hold numbers of {', '.join(sorted(map(str, given)))}; verify in float64")
         plain = chain.to(dtype).plainly()
         if plain is None:
             raise Refusal(f"sums in {dtype} cannot be bounded for this cell on {candidate.device}; verify in float64")

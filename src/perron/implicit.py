@@ -18,6 +18,7 @@ from torch import Tensor
 
 from perron._batch import VmapInfo, fold_vmap, refuse_nested_forward_mode
 from perron.cells import Chain, Map, OneSystem, Opaque
+from perron.rounding import flushes_subnormals
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
 from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Solver, Structure
 
@@ -166,7 +167,8 @@ class _Adjoint(torch.autograd.Function):
     def forward(
         run: _Run, z: Tensor, lower: Tensor, upper: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor
     ) -> Tensor:
-        bounds = (lower, upper) if lower.shape == z.shape and z.numel() else None
+        proven = lower.shape == z.shape and z.numel() > 0 and not flushes_subnormals()
+        bounds = (lower, upper) if proven else None
         own = getattr(run.solver, "solve_adjoint", None)
         solve = partial(solve_adjoint, solver=run.solver) if own is None else own
         g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds, structure=run.structure or "unknown")

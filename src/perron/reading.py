@@ -120,10 +120,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @cache
-def _own(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of a class's methods, and of the files where it and its bases are defined."""
+def _own(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """The names of a class's methods; and it and its bases, each as the file where it is defined and its name there."""
     methods = frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
-    return methods, frozenset(c.__module__ for c in cls.__mro__)
+    return methods, frozenset((c.__module__, c.__qualname__) for c in cls.__mro__)
 
 
 # Compilers need not look into these.
@@ -134,10 +134,16 @@ def _methods(cls: Any) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def _is_patched(cls: Any) -> bool:
-    """Whether a method was defined in another file than the class and its bases, whatever functools.wraps has named it."""
-    files = _own(cls)[1]
+    """Whether a method was defined elsewhere than in the class and its bases.
+
+    By the file, which functools.wraps does not hide, and by its name there: torch has many classes in one file.
+    """
+    bases = _own(cls)[1]
     methods = (cls.forward, cls.__call__, cls._call_impl)
-    return not all(getattr(f, "__globals__", {}).get("__name__") in files for f in methods)
+    return not all(
+        (getattr(f, "__globals__", {}).get("__name__"), getattr(f, "__qualname__", "").rpartition(".")[0]) in bases
+        for f in methods
+    )
 
 
 def _check_parametrised(module: nn.Module, path: str) -> None:
@@ -146,7 +152,8 @@ def _check_parametrised(module: nn.Module, path: str) -> None:
     known = ("__module__", "__doc__", "__slotnames__")
     added = {name: value for name, value in vars(type(module)).items() if name not in known}
     functions = [value.fget if isinstance(value, property) else value for value in added.values()]
-    if any(getattr(f, "__globals__", None) is not vars(parametrize) for f in functions):
+    own = type(module).__bases__ == (parametrize.type_before_parametrizations(module),)
+    if not own or any(getattr(f, "__globals__", None) is not vars(parametrize) for f in functions):
         raise Refusal(f"{path} is a {type(module).__name__}, which is not torch's own class of a parametrised module")
     for name, child in module.parametrizations.named_modules():  # type: ignore[union-attr, operator]
         if _has_hooks(child):

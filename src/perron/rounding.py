@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "Rounding", "compound", "gamma", "product_above", "unit_roundoff"]
+__all__ = ["Number", "Rounding", "compound", "flushes_subnormals", "gamma", "product_above", "unit_roundoff"]
 
 
 # A scalar of a proof: a float, a tensor, or a term of a solver that checks its formula for all real numbers.
@@ -33,6 +34,15 @@ class Rounding:
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
+
+
+@torch.compiler.assume_constant_result
+def flushes_subnormals() -> bool:
+    """Whether subnormal numbers count as zero (torch.set_flush_denormal), operands and weights among them.
+
+    No bound here allows for that: a weight of 1e-310 may meet a state of 1e302. The mode is the thread's, Python's as well.
+    """
+    return sys.float_info.min / 2 == 0
 
 
 def gamma(n: int, dtype: torch.dtype) -> float:

@@ -208,3 +208,9 @@ def test_batch_statistics_and_division_by_them_are_refused_in_a_cell():
     assert "LayerNorm" in certify(cell).refusal
     cell = nn.Sequential(nonnegative(_linear()), Inject(), Activate("tanh+1.7"), Normalize())
     assert certify(cell).kind == "subhomogeneous"
+
+
+def test_a_probability_assigned_out_of_range_is_refused():
+    layer = _layer()
+    layer.cell[0].p = 2.0
+    assert "p = 2.0" in certify(layer).refusal

@@ -22,6 +22,7 @@ from perron.solvers import (
     MonotoneNewton,
     Picard,
 )
+from problems import dense_layer
 
 SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), MonotoneNewton()]
 
@@ -622,3 +623,12 @@ def test_dropout_in_an_unread_cell_is_named() -> None:
     with pytest.warns(ConvergenceWarning, match="two values at one point.*dropout"):
         assert not layer.solve(torch.randn(4, 8)).converged.any()
     assert layer.eval().solve(torch.randn(4, 8)).converged.all()
+
+
+def test_an_injection_that_is_assigned_is_checked() -> None:
+    # tanh(3 z - 1) has three fixed points.
+    layer = dense_layer(torch.full((1, 1), 3.0), "tanh")
+    with pytest.raises(ValueError, match="injection must be"):
+        layer.injection = "none"
+    layer.injection = "free"
+    assert not copy.deepcopy(layer).solve(torch.tensor([[-1.0]])).certified

@@ -224,3 +224,10 @@ def test_assigned_alphas_and_activations_of_somebody_are_refused() -> None:
     lie = Activation("tanh", lambda v: 10 * v, torch.ones_like, 0.0, 1.0, 0.0, 1.0)
     with pytest.raises(Refusal, match="facts"):
         GraphEquilibrium(lie)
+
+
+def test_degrees_that_overflow_are_refused() -> None:
+    weight = torch.tensor([1.0, 1.5e308, 1.0, 1.5e308], dtype=torch.float64)
+    edges = torch.tensor([[0, 0, 1, 2], [1, 1, 2, 1]])
+    with pytest.raises(ValueError, match="add up to more"):
+        GraphEquilibrium("tanh").solve(torch.ones(3, 1, dtype=torch.float64), edges, weight)

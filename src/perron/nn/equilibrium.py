@@ -119,8 +119,6 @@ class Equilibrium(nn.Module):
         super().__init__()
         if not 0 <= warm_start < 1:
             raise ValueError(f"warm_start must be in [0, 1), got {warm_start}")
-        if injection not in ("softplus", "relu", "given", "free"):
-            raise ValueError(f"injection must be 'softplus', 'relu', 'given' or 'free', got {injection!r}")
         if isinstance(solver, type) or not (solver is None or callable(getattr(solver, "solve", None))):
             raise TypeError(f"solver must be an object of perron.solvers, such as Auto(tol=1e-6), got {solver!r}")
         self.cell = as_cell(cell)
@@ -140,6 +138,18 @@ class Equilibrium(nn.Module):
             self.register_buffer("z0", _checked_start(z0).detach().clone(), persistent=False)
         else:
             self.z0 = None if z0 is None else _checked_start(z0)
+
+    @property
+    def injection(self) -> Injection:
+        """How the layer's input becomes b; may be assigned."""
+        return self._injection
+
+    @injection.setter
+    def injection(self, injection: Injection) -> None:
+        # What it is made of decides what is proven, and what is checked of the input.
+        if injection not in ("softplus", "relu", "given", "free"):
+            raise ValueError(f"injection must be 'softplus', 'relu', 'given' or 'free', got {injection!r}")
+        self._injection = injection
 
     @property
     def gradient(self) -> Gradient:

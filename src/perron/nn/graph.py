@@ -110,7 +110,10 @@ class _Edges:
             weight = torch.cat([edge_weight.double(), ones[count:]])
         values = weight.new_zeros(len(self.rows)).index_add(0, self.where, weight)
         # Not below the weight of the self-loop, so never zero.
-        scale = values.new_zeros(self.nodes).index_add(0, self.rows, values).rsqrt()
+        degree = values.new_zeros(self.nodes).index_add(0, self.rows, values)
+        if not bool(degree.isfinite().all()):
+            raise ValueError("the weights of the edges into a node add up to more than float64 holds; scale them down")
+        scale = degree.rsqrt()
         return values * scale[self.rows] * scale[self.columns]
 
 

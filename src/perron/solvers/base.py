@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perron._batch import amax
 from perron.cells import Chain, OneSystem, Opaque
+from perron.rounding import flushes_subnormals
 
 __all__ = [
     "AdjointSolution",
@@ -352,7 +353,9 @@ class IterativeSolver(ABC):
 
     def contracts(self, problem: FixedPointProblem) -> bool:
         """Whether this solve is to end with an enclosure by contraction."""
-        return problem.contracts and self.stop == "auto" and self.verify is not None and isinstance(problem.map, Chain)
+        if self.verify is None or flushes_subnormals():
+            return False
+        return problem.contracts and self.stop == "auto" and isinstance(problem.map, Chain)
 
     @property
     def limit(self) -> int:
@@ -361,7 +364,7 @@ class IterativeSolver(ABC):
 
     def encloses(self, problem: FixedPointProblem) -> bool:
         """Whether this solve is to end with an enclosure."""
-        return problem.proven and self.stop == "auto"
+        return problem.proven and self.stop == "auto" and not (self.verify is not None and flushes_subnormals())
 
     def proof_dtype(self, problem: FixedPointProblem) -> torch.dtype:
         """The precision of the enclosure: never coarser than the layer, and one whose sums can be bounded."""

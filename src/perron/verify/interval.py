@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from perron import reading
 from perron._batch import amax, amin, euclidean, per_sample
-from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step
+from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step, check_rounding
 from perron.cells import (
     ACTIVATION_MODULES,
     Activate,
@@ -330,6 +330,7 @@ def propagate(module: nn.Module, box: Interval) -> Interval:
     if bool((inverted := lower.to(DTYPE) > upper.to(DTYPE)).any()):
         where = inverted.nonzero()[0].tolist()
         raise ValueError(f"the box is empty: {lower[tuple(where)]} > {upper[tuple(where)]} at index {where}")
+    check_rounding()
     reading.read_twice(module)
     return _propagate(module, reading.name_of(module), Interval(lower.to(DTYPE), upper.to(DTYPE)))
 
