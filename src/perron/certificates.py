@@ -267,64 +267,57 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
         chain.sizes()
     except Refusal as refusal:
         return refused(str(refusal))
-    missed, signed = "", ""
-    try:
-        if not nonnegative_injection:
-            raise Refusal("the injection may have any sign")
-        mu = degree(chain)
-        if mu < 1:
-            return Certificate(
-                True,
-                True,
-                True,
-                "subhomogeneous",
-                (
-                    "all weights of the cell are finite and nonnegative",
-                    f"F is subhomogeneous of degree at most {_near_one(mu)} < 1, the product of its activations' degrees"
-                    + (", doubled by the normalisation" if chain.normalizes else ""),
-                ),
-                rate=mu,
-            )
-        missed = (
-            f"the degree of the cell is only bounded by {_near_one(mu)}, not below 1; use a larger shift or a power"
-        )
-    except Refusal as refusal:
-        signed = str(refusal)
+    by_degree = _subhomogeneous(chain) if nonnegative_injection else refused("the injection may have any sign")
+    if by_degree:
+        return by_degree
     factor = gain(chain)
     if factor < 1:
-        return Certificate(
-            True,
-            True,
-            True,
-            "bounded gain",
-            (f"absolute row sums times largest slopes are at most {_near_one(factor)} < 1",),
-            rate=factor,
-            metric="sup norm",
-        )
+        checked: tuple[str, ...] = (f"absolute row sums times largest slopes are at most {_near_one(factor)} < 1",)
+        return Certificate(True, True, True, "bounded gain", checked, rate=factor, metric="sup norm")
     least = margin(chain)
     if least > 0:
-        return Certificate(
-            True,
-            True,
-            True,
-            "monotone",
-            (
-                f"I - W is strongly monotone with margin at least {least:.6g} > 0",
-                "the activation is nondecreasing with slopes up to 1",
-            ),
+        checked = (
+            f"I - W is strongly monotone with margin at least {least:.6g} > 0",
+            "the activation is nondecreasing with slopes up to 1",
         )
-    if missed:
-        return refused(missed, kind="subhomogeneous")
-    nearest = (
-        f"absolute row sums times largest slopes are {_near_one(factor)}, not below 1 "
-        "(weights='signed_bounded' keeps them there)"
+        return Certificate(True, True, True, "monotone", checked)
+    if by_degree.kind == "subhomogeneous":
+        return by_degree
+    return refused(
+        f"{by_degree.refusal}, so that two fixed points are possible unless F contracts, and {_nearest(factor, least)}"
     )
+
+
+def _subhomogeneous(chain: Chain) -> Certificate:
+    """The certificate by the degree; a refusal is of this kind where nothing but the number is in the way."""
+    try:
+        mu = degree(chain)
+    except Refusal as refusal:
+        return refused(str(refusal))
+    if not mu < 1:
+        return refused(
+            f"the degree of the cell is only bounded by {_near_one(mu)}, not below 1; use a larger shift or a power",
+            kind="subhomogeneous",
+        )
+    checked = (
+        "all weights of the cell are finite and nonnegative",
+        f"F is subhomogeneous of degree at most {_near_one(mu)} < 1, the product of its activations' degrees"
+        + (", doubled by the normalisation" if chain.normalizes else ""),
+    )
+    return Certificate(True, True, True, "subhomogeneous", checked, rate=mu)
+
+
+def _nearest(factor: float, least: float) -> str:
+    """Which number came nearer to a proof for weights of any sign: gain or margin."""
     if -math.inf < least and 1 - least < factor:
-        nearest = (
+        return (
             f"the symmetric part of W has eigenvalues up to {_near_one(1 - least)}, not below 1 "
             "(MonotoneLinear keeps them there)"
         )
-    return refused(f"{signed}, so that two fixed points are possible unless F contracts, and {nearest}")
+    return (
+        f"absolute row sums times largest slopes are {_near_one(factor)}, not below 1 "
+        "(weights='signed_bounded' keeps them there)"
+    )
 
 
 def _of_layer(layer: nn.Module, path: str) -> Certificate:
