@@ -114,8 +114,8 @@ MUTANTS = [
     Mutant(
         "relative error bound of subnormal numbers",
         "enclosure.py",
-        "torch.where(gap > 0, gap / lower, gap)",
-        "torch.where(gap > 0, gap / lower.clamp_min(2.3e-308), gap)",
+        "share = (gap / lower).clamp_min(",
+        "share = (gap / lower.clamp_min(2.3e-308)).clamp_min(",
         "tests/test_enclosure.py",
     ),
     Mutant(
