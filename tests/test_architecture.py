@@ -1,10 +1,11 @@
-"""Nothing imports from its right-hand neighbour, and the core needs torch and numpy only."""
+"""Nothing imports from its right-hand neighbour, the core needs torch and numpy only, and every mutant has its place."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import mutants
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "perron"
@@ -57,3 +58,13 @@ def test_import_order(path: Path) -> None:
 def test_core_imports_no_extra() -> None:
     code = f"import sys, perron, perron.models, perron.verify; print(sorted(set(sys.modules) & {EXTRAS!r}))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.bound)
+def test_what_is_mutated_stands_there_once(mutant: mutants.Mutant) -> None:
+    assert (SOURCE / mutant.path).read_text().count(mutant.old) == 1
+    assert mutant.new != mutant.old
+    for test in mutant.tests.split():
+        path, *names = test.split("::")
+        text = (SOURCE.parent.parent / path).read_text()
+        assert all(f"{name.partition('[')[0]}(" in text for name in names)
