@@ -13,6 +13,7 @@ from perron import models, reading
 from perron.affine import Refusal
 from perron.cells import Activate, Chain, Inject, Opaque, as_map, trace
 from perron.constraints import nonnegative
+from perron.enclosure import verify
 from perron.nn import Equilibrium, PlainLinear, PositiveConcaveLinear, SubhomogeneousLinear
 from perron.verify import Interval, certify_classes, propagate
 
@@ -208,6 +209,8 @@ def test_weights_that_change_from_read_to_read_are_refused() -> None:
     layer = Equilibrium(nn.Sequential(linear, Inject(), Activate("tanh")).train(), injection="softplus")
     assert "another one at every read" in perron.certify(nn.Sequential(layer)).refusal
     assert "another one at every read" in perron.certify(layer.cell).refusal
+    with pytest.raises(Refusal, match="another one at every read"):
+        verify(layer, x.abs(), x.abs() + 0.1)
 
 
 def test_hooks_on_a_parametrisation_are_refused() -> None:
@@ -252,6 +255,35 @@ def test_classes_patched_at_run_time_are_refused(monkeypatch) -> None:
     x = torch.ones(1, 3)
     with pytest.raises(Refusal, match="methods were replaced"):
         propagate(nn.Sequential(nn.Linear(3, 3)), Interval(x, x))
+
+
+class Product(nn.Module):
+    """A parametrisation by a matrix product, which autocast would round."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(width, width) / width)
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw.abs() @ self.factor
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+def test_weights_are_read_without_autocast() -> None:
+    linear = nn.Linear(4, 4, bias=False)
+    parametrize.register_parametrization(linear, "weight", Product(4))
+    layer = Equilibrium(nn.Sequential(linear, Inject(), nn.Tanh())).eval()
+    b = torch.rand(2, 4) + 0.1
+    exact = layer.solve(b).value
+    with torch.autocast("cpu", torch.bfloat16):
+        found, box = verify(layer, exact, b), propagate(layer, Interval(b, b))
+        assert layer.certificate()
+        assert perron.certify(layer.cell)
+    assert found.proven.all()
+    for low, high in ((found.lower, found.upper), (box.lower, box.upper)):
+        assert ((low <= exact * (1 + 1e-4)) & (exact * (1 - 1e-4) <= high)).all()
 
 
 def test_methods_exchanged_inside_of_one_file_are_refused(monkeypatch) -> None:

@@ -371,8 +371,7 @@ def certify(module: nn.Module | Chain) -> Certificate:
         return refused("the module contains no equilibrium layer")
     try:
         reading.read_twice(module)
-        # Weights computed under autocast would not be those of a solve.
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), reading.without_autocast():
             return _of_chain(trace(module))
     except Refusal as refusal:
         return refused(str(refusal))

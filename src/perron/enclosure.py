@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from perron import reading
 from perron._batch import all_finite, all_true, amax, amin, per_sample
 from perron.affine import Refusal
 from perron.cells import Chain, ChainLinearization, Linearization, trace
@@ -236,15 +237,17 @@ def verify(
         Enclosure, with `proven` false for samples where no enclosure was found (NaN candidates among them).
 
     Raises:
-        Refusal: the cell has no certificate, or `dtype` allows no proof.
+        Refusal: the cell has no certificate, its weights change at every read, or `dtype` allows no proof.
         ValueError: shapes differ, or the injection is not positive where sigma(0) = 0.
     """
-    chain = cell if isinstance(cell, Chain) else trace(getattr(cell, "cell", cell))
     if candidate.shape != injection.shape:
         raise ValueError(
             f"candidate has shape {tuple(candidate.shape)}, injection {tuple(injection.shape)}; they must agree"
         )
-    with torch.autocast(candidate.device.type, enabled=False):
+    with reading.without_autocast():
+        if not isinstance(cell, Chain):
+            reading.read_twice(cell)
+        chain = cell if isinstance(cell, Chain) else trace(getattr(cell, "cell", cell))
         certificate = derive(chain, positive_injection=False)
         if not certificate:
             certificate = derive(chain, positive_injection=True)

@@ -7,6 +7,8 @@ parametrisations. Everything that proves reads modules here, and whatever is not
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -27,6 +29,7 @@ __all__ = [
     "path_of",
     "read_twice",
     "unknown",
+    "without_autocast",
 ]
 
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -80,6 +83,13 @@ def kind(module: nn.Module, path: str) -> type[nn.Module]:
     if cls is not type(module):
         _check_parametrised(module, path)
     return cls
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Reads weights as solves do: autocast would compute parametrised ones in a coarser precision."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def is_layer(module: nn.Module) -> bool:

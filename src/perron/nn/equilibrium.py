@@ -217,8 +217,7 @@ class Equilibrium(nn.Module):
 
     def certificate(self) -> Certificate:
         """What is proven for every input the layer accepts; see `perron.certify`."""
-        # As in a solve: weights computed under autocast would be others.
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), reading.without_autocast():
             return self.derive(*as_map(self.cell))[0]
 
     def injected(self, x: Tensor) -> Tensor:

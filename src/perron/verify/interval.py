@@ -331,8 +331,9 @@ def propagate(module: nn.Module, box: Interval) -> Interval:
         where = inverted.nonzero()[0].tolist()
         raise ValueError(f"the box is empty: {lower[tuple(where)]} > {upper[tuple(where)]} at index {where}")
     check_rounding()
-    reading.read_twice(module)
-    return _propagate(module, reading.name_of(module), Interval(lower.to(DTYPE), upper.to(DTYPE)))
+    with reading.without_autocast():
+        reading.read_twice(module)
+        return _propagate(module, reading.name_of(module), Interval(lower.to(DTYPE), upper.to(DTYPE)))
 
 
 def _propagate(module: nn.Module, path: str, box: Interval) -> Interval:
