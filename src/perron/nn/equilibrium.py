@@ -69,7 +69,7 @@ class Equilibrium(nn.Module):
     Args:
         cell: the map f; input and output have the shape of the injection. Without floating point parameters and buffers it
             works in the precision of the input.
-        injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 1e-37, so b > 0), "relu" (b >= 0)
+        injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 2^-123, so b > 0), "relu" (b >= 0)
             "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0, if the cell is positive concave)
             or "free" (the input is b, of any sign: only "bounded gain" and "monotone" cells are certified for that).
         solver: default `Auto()`.
