@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron._files import write_json
-from perron.affine import Refusal
+from perron.affine import MonotoneConvolutionStep, Refusal, affine_step
 from perron.cells import Activate, Inject, VariationalDropout
 from perron.constraints import nonnegative
 from perron.nn import (
@@ -41,6 +41,7 @@ from perron.nn import (
     SubhomogeneousLinear,
 )
 from perron.solvers import Auto
+from perron.structured import MonotoneConvolution2d
 from perron.verify import Interval, propagate
 
 T = TypeVar("T")
@@ -251,12 +252,22 @@ def points_of(draw: Draw, box: Interval) -> Tensor:
 def in_float64(net: nn.Module) -> nn.Module:
     """The network with the very weights it has, in float64 and solved closely; what makes its weights is taken away."""
     for module in net.modules():
+        if isinstance(module, MonotoneConvolution2d):
+            keep_as_multiplied(module)
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
                 parametrize.remove_parametrizations(module, name)
         if isinstance(module, Equilibrium):
             module.solver = Auto(tol=1e-11, max_steps=2000, on_failure="ignore")
     return net.double()
+
+
+def keep_as_multiplied(module: MonotoneConvolution2d) -> None:
+    """Choose b and the margin so that they give the kernel and the multiple of I of the present precision in float64, too."""
+    step = affine_step(module)
+    assert isinstance(step, MonotoneConvolutionStep)
+    # A difference and a half of it are exact here.
+    module.b.data, module.margin = step.weights[1].detach() / 2, 1 - step.identity
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
