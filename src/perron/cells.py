@@ -468,10 +468,12 @@ class Chain:
     def rounding(self, dtype: torch.dtype, entries: int = 2**24) -> Rounding:
         """Rounding error of one evaluation of this chain in `dtype`, with plain sums, on at most so many entries."""
         relative, absolute, tiny = 0.0, torch.zeros((), dtype=torch.float64), torch.finfo(dtype).tiny
-        for step in self.known:
+        for k, step in enumerate(self.known):
             if isinstance(step, AffineStep):
                 relative = compound(relative, gamma(step.terms + 2, dtype))
-                absolute = 2 * step.row_sums() * absolute + step.underflow(dtype)
+                # Of the argument nothing is lost yet where the step is the first one.
+                passed = 2 * step.row_sums() * absolute if k else absolute
+                absolute = passed + step.underflow(dtype)
             elif isinstance(step, ActivationStep):
                 relative = compound(relative, gamma(step.activation.ulps, dtype))
                 absolute = 2 * max(step.activation.slope_at_zero, 1.0) * absolute + tiny
