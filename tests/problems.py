@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perron.activations import ACTIVATIONS
+from perron.affine import DenseStep
 from perron.cells import Activate, Chain, Inject, trace
 from perron.data.graphs import GRAPHS
 from perron.nn import Equilibrium
@@ -19,6 +20,20 @@ from perron.solvers import Picard, Solver
 
 BOUNDED = [a.name for a in ACTIVATIONS.values() if a.bounded]
 SUBLINEAR = [a.name for a in ACTIVATIONS.values() if a.asymptotic_slope == 0]
+
+
+class Tenfold:
+    """A step that nobody knows: no Jacobian of it is the identity."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return 10 * v
+
+
+class TenfoldMatrix(DenseStep):
+    """A subclass of a known step that computes something else."""
+
+    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
+        return 10 * super().apply(v, bias)
 
 
 def dense_layer(weight: Tensor, activation: str, *, solver: Solver | None = None) -> Equilibrium:

@@ -10,6 +10,7 @@ from perron.cells import Activate, ActivationStep, Chain, ChainLinearization, In
 from perron.contraction import contraction, degree, gain, sensitivity
 from perron.monotone import margin
 from perron.structured import DiagonalLowRank
+from problems import Tenfold, TenfoldMatrix
 
 
 def nonnegative(cell: nn.Module) -> nn.Module:
@@ -113,16 +114,6 @@ def test_no_rounding_is_lost_beside_1() -> None:
         chain = Chain(steps)
         found, exact = Fraction(chain.rounding(torch.float64).relative), exact_relative(chain)
         assert exact <= found <= exact * (1 + Fraction(1, 10**12))
-
-
-class Tenfold:
-    def __call__(self, v: torch.Tensor) -> torch.Tensor:
-        return 10 * v
-
-
-class TenfoldMatrix(DenseStep):
-    def apply(self, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return 10 * super().apply(v, bias)
 
 
 HALF = DenseStep((0.5 * torch.eye(2, dtype=torch.float64),), None)

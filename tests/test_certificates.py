@@ -17,7 +17,7 @@ from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
 from perron.structured import DiagonalLowRank, SparseLinear
-from problems import below_one, dense_layer, fractions
+from problems import Tenfold, TenfoldMatrix, below_one, dense_layer, fractions
 
 
 def positive(module: nn.Module) -> nn.Module:
@@ -448,16 +448,6 @@ def test_overflow_is_a_refusal_and_no_error(cell) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- unknown steps
-
-
-class Tenfold:
-    def __call__(self, v: torch.Tensor) -> torch.Tensor:
-        return 10 * v
-
-
-class TenfoldMatrix(DenseStep):
-    def apply(self, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return 10 * super().apply(v, bias)
 
 
 class TenfoldActivation(ActivationStep):
