@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron._files import write_json
-from perron.affine import MonotoneConvolutionStep, Refusal, affine_step
-from perron.cells import Activate, Inject, VariationalDropout
+from perron.cells import (
+    Activate,
+    Inject,
+    MonotoneConvolution2d,
+    MonotoneConvolutionStep,
+    Refusal,
+    VariationalDropout,
+    affine_step,
+)
 from perron.constraints import nonnegative
 from perron.nn import (
     DiagonalLowRank,
@@ -41,7 +48,6 @@ from perron.nn import (
     SubhomogeneousLinear,
 )
 from perron.solvers import Auto
-from perron.structured import MonotoneConvolution2d
 from perron.verify import Interval, propagate
 
 T = TypeVar("T")

@@ -17,15 +17,18 @@ from mpmath import mpf
 from torch import Tensor
 
 from perron.activations import Activation
-from perron.affine import (
+from perron.cells import (
+    ActivationStep,
     AffineStep,
+    Chain,
     ConvolutionStep,
     DiagonalLowRankStep,
+    InjectStep,
     MonotoneConvolutionStep,
+    NormalizeStep,
     PoolStep,
     SparseStep,
 )
-from perron.cells import ActivationStep, Chain, InjectStep, NormalizeStep
 
 __all__ = [
     "ExactCell",

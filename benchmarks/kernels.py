@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perron._files import write_json
-from perron.kernels import (
+from perron.infinite_width import (
     GaussianMixture,
     MixtureSample,
     ck_coefficients,

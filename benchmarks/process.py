@@ -23,8 +23,8 @@ from torch import Tensor
 
 from perron._files import write_json
 from perron.data import Digits
-from perron.kernels import Process, implicit_ck
-from perron.kernels.readout import normalised
+from perron.infinite_width import Process, implicit_ck
+from perron.infinite_width.readout import normalised
 
 NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 PRIORS = [(a, r * a) for a, r in itertools.product((0.5, 2.0, 8.0), (0.03, 0.1, 0.3, 1.0, 3.0))]

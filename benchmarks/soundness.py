@@ -1,6 +1,6 @@
 """Soundness and tightness of everything that is proven about a solve, on random cells of ten families.
 
-Enclosures and error bounds of every solver, from every kind of guess; those of `perron.enclosure.verify` around every
+Enclosures and error bounds of every solver, from every kind of guess; those of `perron.theory.enclosure.verify` around every
 kind of candidate; and bounds of adjoints. Small cells are judged by fixed points in several hundred bits
 (`benchmarks/exact.py`), down to subnormal numbers and up to spectral radii of 1 - 1e-12; wide ones by Picard and Newton
 in float64. What is proven is a miss if the truth contradicts it by more than the truth's own error. The bound of an
@@ -36,13 +36,10 @@ from torch import Tensor, nn
 
 from perron._files import write_json
 from perron.activations import ACTIVATIONS
-from perron.affine import Refusal
-from perron.cells import Activate, Chain, Inject, Map, Normalize, trace
-from perron.certificates import derive
+from perron.cells import Activate, Chain, DiagonalLowRank, Inject, Map, Normalize, Refusal, SparseLinear, trace
 from perron.constraints import BoundedRows, MonotoneOperator
-from perron.enclosure import verify
-from perron.monotone import margin
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
+from perron.problem import Structure
 from perron.solvers import (
     AdjointSolution,
     Anderson,
@@ -57,8 +54,8 @@ from perron.solvers import (
     adjoint,
 )
 from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import Structure
-from perron.structured import DiagonalLowRank, SparseLinear
+from perron.theory import margin, verify
+from perron.theory.positive_concave import derive
 
 BATCH = 10
 SUPREMA = [a.name for a in ACTIVATIONS.values() if a.bounded]

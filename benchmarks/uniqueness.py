@@ -42,15 +42,23 @@ from torch import Tensor, nn
 
 from perron._files import write_json
 from perron.activations import ACTIVATIONS
-from perron.affine import Refusal
-from perron.cells import Activate, ActivationStep, Chain, Inject, Normalize, trace
-from perron.certificates import Certificate, certify, contracting, derive
+from perron.cells import (
+    Activate,
+    ActivationStep,
+    Chain,
+    DiagonalLowRank,
+    Inject,
+    Normalize,
+    Refusal,
+    SparseLinear,
+    trace,
+)
 from perron.constraints import BoundedRows, MonotoneOperator
-from perron.contraction import activation_degree, degree, gain
-from perron.monotone import margin
 from perron.nn import Equilibrium, GraphEquilibrium
 from perron.solvers import Auto, Solution
-from perron.structured import DiagonalLowRank, SparseLinear
+from perron.theory import Certificate, activation_degree, certify, degree, gain, margin
+from perron.theory.certify import contracting
+from perron.theory.positive_concave import derive
 
 SHIFTED = ("tanh+1.2", "tanh+1.05", "tanh+1.603", "softsign+1.1", "sigmoid", "(tanh+1.2)^0.5", "arctan+1.7")
 MONOTONE = ("relu", "tanh", "sigmoid", "softsign", "identity")

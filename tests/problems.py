@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perron.activations import ACTIVATIONS
-from perron.affine import DenseStep
-from perron.cells import Activate, Chain, Inject, trace
+from perron.cells import Activate, Chain, DenseStep, Inject, trace
 from perron.data.graphs import GRAPHS
 from perron.nn import Equilibrium
 from perron.solvers import Picard, Solver

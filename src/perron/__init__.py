@@ -1,9 +1,11 @@
 """Perron: equilibrium networks whose fixed points come with a proof."""
 
-from perron import activations, constraints, enclosure, kernels, nn, solvers
-from perron.certificates import Certificate, certify
-from perron.kernels import compile_explicit
+from perron import activations, constraints, infinite_width, nn, solvers
+from perron.infinite_width import compile_explicit
 from perron.solvers import Auto, ConvergenceError, ConvergenceWarning, Picard, Solution
+from perron.theory import enclosure
+from perron.theory.certificate import Certificate
+from perron.theory.certify import certify
 
 __version__ = "0.1.0"
 
@@ -19,7 +21,7 @@ __all__ = [
     "compile_explicit",
     "constraints",
     "enclosure",
-    "kernels",
+    "infinite_width",
     "nn",
     "solvers",
 ]

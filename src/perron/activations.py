@@ -2,7 +2,7 @@
 
 A positive concave cell needs activations that are nonnegative, nondecreasing and concave on [0, inf). Such a function
 satisfies `sigma(a v) <= a sigma(v)` for a >= 1, so a relative error of its argument is never amplified: the whole
-rounding analysis of `perron.enclosure` rests on that. Every fact below is tested numerically.
+rounding analysis of `perron.theory.enclosure` rests on that. Every fact below is tested numerically.
 
 The class is closed under adding a constant and taking a power up to 1, so "tanh+1.2" and "(tanh+1.2)^0.5" are
 activations as well; their facts are computed from those of tanh.

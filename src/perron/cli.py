@@ -117,10 +117,10 @@ def _whole(text: str) -> list[int]:
 def _kernels(arguments: argparse.Namespace) -> str:
     common = {"data_dir": arguments.data_dir, "write": lambda line: print(line, flush=True)}
     if arguments.topic == "depth":
-        from perron.training.deep_networks import compare_depths
+        from perron.studies.depth import compare_depths
 
         return compare_depths(arguments.data, arguments.depths, arguments.runs, images=arguments.images, **common)
-    from perron.training.equivalents import KernelSettings, compare_kernels
+    from perron.studies.equivalents import KernelSettings, compare_kernels
 
     settings = KernelSettings(
         arguments.data, arguments.activation, arguments.sa, arguments.images, arguments.kernel_images
@@ -148,7 +148,7 @@ def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from perron.training.compare import Settings, compare
+    from perron.studies.compare import Settings, compare
 
     settings = Settings(
         arguments.target,

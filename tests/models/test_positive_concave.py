@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from perron.certificates import certify
 from perron.models import PRESETS, PositiveConcaveConvNet, PositiveConcaveLinearNet
+from perron.theory import certify
 
 
 def norm(width: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perron import certify
 from perron.activations import Activation
-from perron.affine import Refusal
+from perron.cells import Refusal
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import normalized_adjacency
 from perron.solvers import Auto, Picard

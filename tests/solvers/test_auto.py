@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from perron.cells import SparseLinear
 from perron.nn import Activate, DiagonalLowRank, Equilibrium, Inject, PositiveConcaveConv2d
 from perron.solvers import Anderson, Auto, Broyden, ConvergenceWarning, MonotoneNewton, Picard
-from perron.structured import SparseLinear
 from problems import dense_layer, truth
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perron.affine import DenseStep
-from perron.cells import Activate, AutomaticLinearization, Chain, Inject, as_map, trace
+from perron.cells import Activate, AutomaticLinearization, Chain, DenseStep, Inject, as_map, trace
 from perron.nn import MonotoneLinear
 from perron.solvers import (
     Anderson,

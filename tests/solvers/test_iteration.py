@@ -1,7 +1,8 @@
 import torch
 
+from perron.solvers.aggregation import Mixed
 from perron.solvers.iteration import Found, Method, Rule, iterate
-from perron.solvers.mixing import Mixed, Mixing
+from perron.solvers.mixing import Mixing
 from problems import UNRULY
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from perron._files import lock
-from perron.affine import Refusal
+from perron.cells import Refusal
 from perron.cli import main, presets
 from perron.training import run
 

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from perron.affine import Refusal
-from perron.cells import Activate, Chain, Inject, Normalize, trace
-from perron.certificates import contracting
+from perron.cells import Activate, Chain, Inject, Normalize, Refusal, trace
 from perron.models import PositiveConcaveConvNet, PositiveConcaveLinearNet, RivalConvNet, RivalNet
 from perron.nn import (
     Equilibrium,
@@ -21,6 +19,7 @@ from perron.nn import (
     VariationalDropout,
 )
 from perron.solvers import Auto
+from perron.theory.certify import contracting
 from perron.verify import Interval, certify_classes, propagate
 from perron.verify.interval import _around_centre, _injections, _shift, _thompson_distance, _within_domain
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from perron.cells.reading import container
 from perron.constraints import Method
 from perron.nn import PositiveConcaveConv2d, PositiveConcaveLinear
-from perron.reading import container
 from perron.solvers import Auto
 
 __all__ = ["PRESETS", "PositiveConcaveConvNet", "PositiveConcaveLinearNet", "convolutional_blocks"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from perron.cells.reading import container
 from perron.models.positive_concave import Network, convolutional_blocks
 from perron.nn import (
     MonotoneConv2d,
@@ -26,7 +27,6 @@ from perron.nn import (
 )
 from perron.nn.equilibrium import Injection, positive_injection
 from perron.nn.ode import NeuralODE
-from perron.reading import container
 from perron.solvers import Auto, Solver
 
 __all__ = ["CONVOLUTIONAL_CORES", "CORES", "RivalConvNet", "RivalNet", "matched_width", "parameter_count"]

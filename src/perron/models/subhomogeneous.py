@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from perron.cells.reading import container
 from perron.models.positive_concave import Network
 from perron.nn import SubhomogeneousConv2d, SubhomogeneousLinear
 from perron.nn.subhomogeneous import Weights
-from perron.reading import container
 from perron.solvers import Auto
 
 __all__ = ["SubhomogeneousConvNet", "SubhomogeneousLinearNet"]

@@ -1,8 +1,14 @@
 """Equilibrium layers, and the modules their cells are made of."""
 
-from perron import reading
-from perron.cells import Activate, Inject, Normalize, VariationalDropout
-from perron.implicit import Phantom
+from perron.cells import reading
+from perron.cells.activation import Activate
+from perron.cells.circular import MonotoneConvolution2d
+from perron.cells.dropout import VariationalDropout
+from perron.cells.injection import Inject
+from perron.cells.low_rank import DiagonalLowRank
+from perron.cells.normalization import Normalize
+from perron.cells.sparse import SparseLinear
+from perron.gradients.phantom import Phantom
 from perron.nn import penalties
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.graph import GraphEquilibrium
@@ -21,7 +27,6 @@ from perron.nn.subhomogeneous import (
     SubhomogeneousConv3d,
     SubhomogeneousLinear,
 )
-from perron.structured import DiagonalLowRank, MonotoneConvolution2d, SparseLinear
 
 reading.layers(
     Equilibrium,

@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perron import reading
-from perron.cells import Chain, OneSystem, Opaque, VariationalDropout, as_cell, as_map, check_independent
-from perron.certificates import Certificate, contracting, derive, either, refused
-from perron.enclosure import check_injection
-from perron.implicit import Cell, Phantom, fixed_point
+from perron.cells import reading
+from perron.cells.chain import Chain
+from perron.cells.dropout import VariationalDropout
+from perron.cells.opaque import OneSystem, Opaque, as_cell, check_independent
+from perron.cells.trace import as_map
+from perron.gradients.implicit import Cell, fixed_point
+from perron.gradients.phantom import Phantom
 from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
+from perron.theory.certificate import Certificate, refused
+from perron.theory.certify import contracting, either
+from perron.theory.enclosure import check_injection
+from perron.theory.positive_concave import derive
 
 __all__ = ["Equilibrium", "Gradient", "Injection", "Start", "State", "positive_injection"]
 

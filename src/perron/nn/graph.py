@@ -18,14 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from perron._numerics.rounding import unit_roundoff
 from perron.activations import Activation, get_activation
-from perron.affine import Refusal, SparseStep
-from perron.cells import ActivationStep, Chain, Inject, InjectStep, NormalizeStep
-from perron.certificates import Certificate
+from perron.cells.activation import ActivationStep
+from perron.cells.chain import Chain
+from perron.cells.injection import Inject, InjectStep
+from perron.cells.normalization import NormalizeStep
+from perron.cells.sparse import SparsePattern, SparseStep
+from perron.cells.step import Refusal
 from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection, check_tensor
-from perron.rounding import unit_roundoff
 from perron.solvers import Solution, Solver
-from perron.structured import SparsePattern
+from perron.theory.certificate import Certificate
 
 __all__ = ["Adjacency", "GraphEquilibrium", "Place", "normalized_adjacency"]
 

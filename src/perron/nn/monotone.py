@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from perron.activations import Activation, get_activation
-from perron.cells import Activate, Inject
+from perron.cells.activation import Activate
+from perron.cells.circular import MonotoneConvolution2d
+from perron.cells.injection import Inject
 from perron.constraints import monotone_operator
-from perron.monotone import nonexpansive
 from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
 from perron.solvers import Solver
-from perron.structured import MonotoneConvolution2d
+from perron.theory.monotone_operator import nonexpansive
 
 __all__ = ["MonotoneConv2d", "MonotoneLinear"]
 

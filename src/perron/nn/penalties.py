@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from perron._batch import per_sample
+from perron._numerics.batch import per_sample
 from perron.nn.equilibrium import Equilibrium, State
 
 __all__ = ["PENALTIES", "State", "jacobian", "observe", "picard_steps", "residual_ratio"]

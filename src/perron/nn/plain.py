@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from perron.activations import Activation
-from perron.cells import Activate, Inject
+from perron.cells.activation import Activate
+from perron.cells.injection import Inject
 from perron.nn.equilibrium import Gradient
 from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
 from perron.solvers import Solver

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from perron.activations import Activation, get_activation
-from perron.cells import Activate, Inject
+from perron.cells.activation import Activate
+from perron.cells.injection import Inject
 from perron.constraints import Method, nonnegative
 from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
 from perron.solvers import Solver

@@ -2,7 +2,7 @@
 
 Source: Sittoni, Tudisco, "Subhomogeneous deep equilibrium models", ICML 2024 (arXiv 2403.00720). The reference layers
 have W of any sign, where uniqueness can fail; that is `weights="signed"` here, certified sample by sample where it can be
-(see `perron.contraction`), and "nonnegative" and "signed_bounded" keep W where the certificate holds for every input.
+(see `perron.theory.contraction`), and "nonnegative" and "signed_bounded" keep W where the certificate holds for every input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from perron.activations import Activation, get_activation
-from perron.cells import Activate, Inject, Normalize
+from perron.cells.activation import Activate
+from perron.cells.injection import Inject
+from perron.cells.normalization import Normalize
 from perron.constraints import bounded_rows, nonnegative
 from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
 from perron.solvers import Solver

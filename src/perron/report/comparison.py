@@ -75,7 +75,7 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
 
     Args:
         path: of the HTML file.
-        results: of every run, as `perron.training.compare` measures them.
+        results: of every run, as `perron.studies.compare` measures them.
         settings: common to all runs.
     """
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())

@@ -49,7 +49,7 @@ def write_depth(path: Path, results: Sequence[Mapping[str, Any]], toy: Mapping[s
 
     Args:
         path: of the HTML file.
-        results: one for each activation, as `perron.training.deep_networks.compare_depths` makes them.
+        results: one for each activation, as `perron.studies.depth.compare_depths` makes them.
         toy: votes and errors of the three classifiers on an arc.
         facts: about the data and the version.
     """

@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from perron.kernels import Match
-from perron.kernels.readout import MODELS, Spectra
+from perron.infinite_width import Match
+from perron.infinite_width.readout import MODELS, Spectra
 from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
@@ -71,7 +71,7 @@ def write_kernels(
 
     Args:
         path: of the HTML file.
-        results: one for each model, width and seed, as `perron.kernels.readout.read_out` measures them.
+        results: one for each model, width and seed, as `perron.infinite_width.readout.read_out` measures them.
         found: the kernels of infinite width.
         match: the explicit network.
         facts: about the data.

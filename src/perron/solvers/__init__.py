@@ -1,17 +1,11 @@
 """Solvers: one file a method, one protocol, one result type."""
 
+from perron.problem import FixedPointProblem
+from perron.solution import AdjointSolution, Solution
 from perron.solvers.accelerated import Accelerated
 from perron.solvers.anderson import Anderson
 from perron.solvers.auto import Auto
-from perron.solvers.base import (
-    AdjointSolution,
-    ConvergenceError,
-    ConvergenceWarning,
-    FixedPointProblem,
-    IterativeSolver,
-    Solution,
-    Solver,
-)
+from perron.solvers.base import ConvergenceError, ConvergenceWarning, IterativeSolver, Solver
 from perron.solvers.broyden import Broyden
 from perron.solvers.compiled import Compiled
 from perron.solvers.newton import MonotoneNewton

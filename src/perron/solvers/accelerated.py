@@ -22,15 +22,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, per_sample
-from perron.cells import Chain
-from perron.enclosure import Enclosure, Evaluated, observe, prove, relative_error_bound, round_outward
-from perron.rounding import Rounding, unit_roundoff
+from perron._numerics.batch import all_finite, amax, per_sample
+from perron._numerics.rounding import Rounding, unit_roundoff
+from perron.cells.chain import Chain
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
 from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.base import IterativeSolver
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Found, Method, Rule, iterate, solve_by_residual
 from perron.solvers.picard import Picard
+from perron.theory.enclosure import Enclosure, Evaluated, observe, prove, relative_error_bound, round_outward
 
 __all__ = ["Accelerated", "Origin"]
 

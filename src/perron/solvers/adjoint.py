@@ -21,17 +21,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, amin, euclidean, per_sample
-from perron.affine import AffineStep, DenseStep
-from perron.cells import Chain, ChainLinearization, Linearization, Map, OneSystem
-from perron.contraction import sensitivity, underflow, variation
-from perron.monotone import margin
-from perron.rounding import Number, gamma, unit_roundoff
+from perron._numerics.batch import all_finite, amax, amin, euclidean, per_sample
+from perron._numerics.rounding import Number, gamma, unit_roundoff
+from perron.cells.chain import Chain, ChainLinearization
+from perron.cells.dense import DenseStep
+from perron.cells.opaque import OneSystem
+from perron.cells.step import AffineStep, Linearization, Map
+from perron.problem import Structure
+from perron.solution import AdjointSolution
 from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import AdjointSolution, Solver, Structure, report_failure
+from perron.solvers.base import Solver, report_failure
 from perron.solvers.iteration import Found, Method, Rule, iterate
 from perron.solvers.mixing import TRUST, Mixing
 from perron.solvers.splitting import linear_splitting_for
+from perron.theory.contraction import sensitivity, underflow, variation
+from perron.theory.monotone_operator import margin
 
 __all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perron.activations import Activation
-from perron.affine import ConvolutionStep
-from perron.cells import Chain
-from perron.solvers.mixing import Mixing
+from perron.cells.chain import Chain
+from perron.cells.convolution import ConvolutionStep
+from perron.solvers.mixing import TRUST, Mixing
 
-__all__ = ["Aggregation", "ChannelAggregation"]
+__all__ = ["Aggregation", "ChannelAggregation", "Mixed"]
 
 # Newton steps for the scalar equation: it is concave, and the error of the model is far larger than theirs.
 _SCALAR_STEPS = 4
@@ -206,3 +206,19 @@ def _convolve(field: Tensor, taps: Tensor, transposed: bool) -> Tensor:
     taps = taps.flip(list(range(2, taps.dim()))) if transposed else taps
     convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[taps.dim() - 3]
     return convolution(field, taps, padding=[(k - 1) // 2 for k in taps.shape[2:]])
+
+
+class Mixed:
+    """The method z -> f(z), corrected by the rank-one model where there is one, and mixed."""
+
+    products, trust = 0, TRUST
+
+    def __init__(self, model: Aggregation | None, mixing: Mixing) -> None:
+        self.model, self.mixing = model, mixing
+
+    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
+        residual = fz - z
+        return self.mixing(z, residual if self.model is None else self.model.correct(fz, residual))
+
+    def select(self, index: Tensor) -> Mixed:
+        return Mixed(self.model, self.mixing.select(index))

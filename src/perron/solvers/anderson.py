@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perron.problem import FixedPointProblem
 from perron.solvers.accelerated import Accelerated, Origin
-from perron.solvers.base import FixedPointProblem
+from perron.solvers.aggregation import Mixed
 from perron.solvers.iteration import Method
-from perron.solvers.mixing import Mixed, Mixing
+from perron.solvers.mixing import Mixing
 
 __all__ = ["Anderson"]
 

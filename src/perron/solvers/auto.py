@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perron.cells import Chain
-from perron.contraction import gain
+from perron.cells.chain import Chain
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
 from perron.solvers.accelerated import Accelerated, Origin
-from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.solvers.aggregation import Aggregation, Mixed
+from perron.solvers.base import IterativeSolver
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
-from perron.solvers.mixing import Mixed, Mixing
+from perron.solvers.mixing import Mixing
 from perron.solvers.newton import MonotoneNewton
 from perron.solvers.picard import Picard
 from perron.solvers.splitting import splitting_for
+from perron.theory.contraction import gain
 
 __all__ = ["Auto"]
 

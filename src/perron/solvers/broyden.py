@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perron.problem import FixedPointProblem
 from perron.solvers.accelerated import Accelerated, Origin
-from perron.solvers.base import FixedPointProblem
 from perron.solvers.iteration import Method
 
 __all__ = ["Broyden"]

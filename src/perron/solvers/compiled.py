@@ -18,12 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perron.affine import AffineStep, DenseStep, DiagonalLowRankStep, Refusal, full_float32
-from perron.cells import ActivationStep, Chain, InjectStep, Map
+from perron.cells.activation import ActivationStep
+from perron.cells.chain import Chain
+from perron.cells.dense import DenseStep
+from perron.cells.injection import InjectStep
+from perron.cells.low_rank import DiagonalLowRankStep
+from perron.cells.step import AffineStep, Map, Refusal, full_float32
+from perron.problem import FixedPointProblem, Structure
+from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.auto import Auto
-from perron.solvers.base import AdjointSolution, FixedPointProblem, Solution, Structure
 
 __all__ = ["Compiled"]
 

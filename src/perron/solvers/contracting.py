@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, amin, per_sample
-from perron.cells import Chain
-from perron.contraction import Contraction, contraction, gain
-from perron.enclosure import relative_error_bound, round_outward
-from perron.monotone import Monotonicity, monotonicity
-from perron.rounding import unit_roundoff
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron._numerics.batch import all_finite, amax, amin, per_sample
+from perron._numerics.rounding import unit_roundoff
+from perron.cells.chain import Chain
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
+from perron.solvers.base import IterativeSolver
 from perron.solvers.iteration import Found, Method, Plain, Rule, iterate
 from perron.solvers.splitting import Splitting
+from perron.theory.contraction import Contraction, contraction, gain
+from perron.theory.enclosure import relative_error_bound, round_outward
+from perron.theory.monotone_operator import Monotonicity, monotonicity
 
 __all__ = ["solve_by_contraction"]
 

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perron._batch import amax, per_sample
-from perron.rounding import unit_roundoff
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron._numerics.batch import amax, per_sample
+from perron._numerics.rounding import unit_roundoff
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
+from perron.solvers.base import IterativeSolver
 
 __all__ = ["Found", "Method", "Plain", "Rule", "iterate", "solve_by_residual"]
 

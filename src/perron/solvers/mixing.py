@@ -11,15 +11,10 @@ is the method of generalised conjugate residuals.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from perron.solvers.aggregation import Aggregation
-
-__all__ = ["TRUST", "Mixed", "Mixing"]
+__all__ = ["TRUST", "Mixing"]
 
 # Mixed residuals may rise before they fall: a step with |J| > 1 is explored at its cost.
 TRUST = 10.0
@@ -91,19 +86,3 @@ def _orthogonal(pair: Tensor, basis: list[tuple[Tensor, Tensor]], new: float) ->
     left = _dot(pair, pair) if basis else size
     enough = (new**2 * size).clamp_min(torch.finfo(left.dtype).tiny)
     return pair, torch.where(left > enough, 1 / left, 0.0)
-
-
-class Mixed:
-    """The method z -> f(z), corrected by the rank-one model where there is one, and mixed."""
-
-    products, trust = 0, TRUST
-
-    def __init__(self, model: Aggregation | None, mixing: Mixing) -> None:
-        self.model, self.mixing = model, mixing
-
-    def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
-        residual = fz - z
-        return self.mixing(z, residual if self.model is None else self.model.correct(fz, residual))
-
-    def select(self, index: Tensor) -> Mixed:
-        return Mixed(self.model, self.mixing.select(index))

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perron.cells import Chain
+from perron.cells.chain import Chain
+from perron.problem import FixedPointProblem
 from perron.solvers.accelerated import Accelerated, Origin
-from perron.solvers.aggregation import Aggregation
-from perron.solvers.base import FixedPointProblem
+from perron.solvers.aggregation import Aggregation, Mixed
 from perron.solvers.iteration import Method
-from perron.solvers.mixing import TRUST, Mixed, Mixing
+from perron.solvers.mixing import TRUST, Mixing
 
 __all__ = ["MonotoneNewton"]
 

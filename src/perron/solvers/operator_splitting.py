@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
+from perron.solvers.base import IterativeSolver
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.splitting import forward_backward_for, splitting_for

@@ -5,7 +5,7 @@ From z = 0 the iterates rise to z*. Two increments in a row, d = z - p with z = 
     r = max_i e_i / d_i < 1   implies   z* <= q = p + d/(1 - r).
 
 Where the ratios e_i / d_i agree with each other, q is almost z* itself, long before z is. So the iteration stops as soon
-as their spread promises the tolerance, and `perron.enclosure.prove` proves it from the pair (z, q) by one evaluation
+as their spread promises the tolerance, and `perron.theory.enclosure.prove` proves it from the pair (z, q) by one evaluation
 more: the chord between them gives the lower bound. If the promise was not kept, the iteration goes on where it was.
 The ratios are differences of differences, so this runs in float64 unless no proof is wanted.
 """
@@ -18,9 +18,16 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from perron._batch import all_finite, amax, per_sample
-from perron.cells import Chain
-from perron.enclosure import (
+from perron._numerics.batch import all_finite, amax, per_sample
+from perron._numerics.rounding import unit_roundoff
+from perron.cells.chain import Chain
+from perron.problem import FixedPointProblem
+from perron.solution import Solution
+from perron.solvers.base import IterativeSolver
+from perron.solvers.contracting import solve_by_contraction
+from perron.solvers.iteration import solve_by_residual
+from perron.solvers.splitting import splitting_for
+from perron.theory.enclosure import (
     Enclosure,
     Evaluated,
     chord,
@@ -30,11 +37,6 @@ from perron.enclosure import (
     relative_error_bound,
     round_outward,
 )
-from perron.rounding import unit_roundoff
-from perron.solvers.base import FixedPointProblem, IterativeSolver, Solution
-from perron.solvers.contracting import solve_by_contraction
-from perron.solvers.iteration import solve_by_residual
-from perron.solvers.splitting import splitting_for
 
 __all__ = ["Picard"]
 

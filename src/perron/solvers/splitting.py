@@ -23,12 +23,15 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from perron._batch import per_sample
-from perron.affine import AffineStep, DenseStep, MonotoneConvolutionStep
-from perron.cells import ActivationStep, Chain, ChainLinearization
-from perron.monotone import margin
-from perron.solvers.base import FixedPointProblem
+from perron._numerics.batch import per_sample
+from perron.cells.activation import ActivationStep
+from perron.cells.chain import Chain, ChainLinearization
+from perron.cells.circular import MonotoneConvolutionStep
+from perron.cells.dense import DenseStep
+from perron.cells.step import AffineStep
+from perron.problem import FixedPointProblem
 from perron.solvers.mixing import Mixing
+from perron.theory.monotone_operator import margin
 
 __all__ = [
     "ForwardBackward",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perron.certificates import certify
 from perron.report.tables import at_most
 from perron.solvers import IterativeSolver, Picard, Solver
+from perron.theory.certify import certify
 from perron.training.module import certified_errors, equilibrium_layers, spectral_radius
 
 __all__ = ["evaluate"]

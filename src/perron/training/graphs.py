@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perron.cells.sparse import sparse_product
 from perron.data.graphs import GraphData, random_split, read_graph
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import Adjacency, Place
 from perron.report.propagation import text_table, write_propagation
 from perron.solvers import Auto
-from perron.structured import sparse_product
 from perron.training.module import certified_errors
 from perron.training.records import UsageError, measured, study
 

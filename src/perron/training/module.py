@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from perron.certificates import spectral_radius_bound
 from perron.nn import Equilibrium
 from perron.nn.penalties import PENALTIES, State, observe
 from perron.solvers import IterativeSolver, Solution
+from perron.theory.positive_concave import spectral_radius_bound
 
 __all__ = ["Classifier", "Penalty", "Schedule", "certified_errors", "equilibrium_layers", "spectral_radius"]
 

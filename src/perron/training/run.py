@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import perron
 from perron._files import lock, new_folder, read_json, replacing, write_json
-from perron.affine import Refusal
+from perron.cells.step import Refusal
 from perron.data import ImageData
 from perron.report import write_report
 from perron.report.tables import at_least, at_most

@@ -17,27 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perron import reading
-from perron._batch import amax, amin, euclidean, per_sample
-from perron.affine import AFFINE_MODULES, AffineStep, Refusal, affine_step, check_rounding
-from perron.cells import (
-    ACTIVATION_MODULES,
-    Activate,
-    ActivationStep,
-    Chain,
-    InjectStep,
-    NormalizeStep,
-    activation_of,
-    does_nothing,
-    trace,
-)
-from perron.certificates import Certificate
-from perron.contraction import activation_degree, gain
-from perron.monotone import margin
+from perron._numerics.batch import amax, amin, euclidean, per_sample
+from perron._numerics.rounding import gamma
+from perron.cells import reading
+from perron.cells.activation import ACTIVATION_MODULES, Activate, ActivationStep, activation_of
+from perron.cells.chain import Chain
+from perron.cells.dropout import does_nothing
+from perron.cells.injection import InjectStep
+from perron.cells.normalization import NormalizeStep
+from perron.cells.step import AffineStep, Refusal, check_rounding
+from perron.cells.trace import AFFINE_MODULES, affine_step, trace
 from perron.nn import Equilibrium, GraphEquilibrium
 from perron.nn.equilibrium import Injection, positive_injection
-from perron.rounding import gamma
 from perron.solvers import Auto, FixedPointProblem
+from perron.theory.certificate import Certificate
+from perron.theory.contraction import activation_degree, gain
+from perron.theory.monotone_operator import margin
 
 __all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
 

@@ -1,0 +1,1 @@
+"""Rounding, reductions per sample, and transforms of batches."""

@@ -1,0 +1,51 @@
+"""Cells f(z; b) as steps: one file a step, its module beside it."""
+
+from perron.cells.activation import Activate, ActivationStep
+from perron.cells.chain import Chain, ChainLinearization
+from perron.cells.circular import MonotoneConvolution2d, MonotoneConvolutionStep
+from perron.cells.convolution import ConvolutionStep
+from perron.cells.dense import DenseStep
+from perron.cells.dropout import MaskStep, VariationalDropout
+from perron.cells.injection import Inject, InjectStep
+from perron.cells.jacobian import AutomaticLinearization
+from perron.cells.low_rank import DiagonalLowRank, DiagonalLowRankStep
+from perron.cells.normalization import Normalize, NormalizeStep
+from perron.cells.opaque import OneSystem, Opaque, as_cell
+from perron.cells.pooling import PoolStep
+from perron.cells.sparse import SparseLinear, SparsePattern, SparseStep
+from perron.cells.step import AffineStep, Linearization, Map, Refusal
+from perron.cells.trace import affine_step, as_map, trace
+
+__all__ = [
+    "Activate",
+    "ActivationStep",
+    "AffineStep",
+    "AutomaticLinearization",
+    "Chain",
+    "ChainLinearization",
+    "ConvolutionStep",
+    "DenseStep",
+    "DiagonalLowRank",
+    "DiagonalLowRankStep",
+    "Inject",
+    "InjectStep",
+    "Linearization",
+    "Map",
+    "MaskStep",
+    "MonotoneConvolution2d",
+    "MonotoneConvolutionStep",
+    "Normalize",
+    "NormalizeStep",
+    "OneSystem",
+    "Opaque",
+    "PoolStep",
+    "Refusal",
+    "SparseLinear",
+    "SparsePattern",
+    "SparseStep",
+    "VariationalDropout",
+    "affine_step",
+    "as_cell",
+    "as_map",
+    "trace",
+]

@@ -1,0 +1,68 @@
+"""Division by a norm, as a module and as a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LEAST_NORMALIZED", "Normalize", "NormalizeStep"]
+
+
+class Normalize(nn.Module):
+    """v -> v / ||v||_p per sample, over every dimension but the batch or over one of them.
+
+    Args:
+        p: of the norm, at least 1; inf for the largest absolute value.
+        dim: None, or the dimension that the norm sums over, for instance 1 for channels.
+
+    Raises:
+        ValueError: p is below 1, or dim is the batch.
+
+    >>> Normalize()(torch.tensor([[1.0, 4.0]]))
+    tensor([[0.2500, 1.0000]])
+    """
+
+    def __init__(self, p: float = math.inf, dim: int | None = None) -> None:
+        super().__init__()
+        if not p >= 1:
+            raise ValueError(f"p must be at least 1, got {p}")
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim must be at least 1 (0 is the batch), got {dim}")
+        self.p, self.dim = float(p), dim
+
+    def forward(self, v: Tensor) -> Tensor:
+        return NormalizeStep(self.p, self.dim)(v)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, dim={self.dim}"
+
+
+@dataclass(frozen=True)
+class NormalizeStep:
+    """v -> v / ||v||_p: not monotone, so no step of a positive concave cell."""
+
+    p: float
+    dim: int | None
+
+    def roundings(self, entries: int) -> int:
+        """Of the quotient, with a norm of at most so many entries."""
+        return 8 if math.isinf(self.p) else entries + 64
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v / self.norm(v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """The norm, shaped to broadcast; scaled, so that its powers neither overflow nor underflow."""
+        dims = tuple(range(1, v.dim())) if self.dim is None else (self.dim,)
+        top = v.abs().amax(dims, keepdim=True)
+        if math.isinf(self.p):
+            return top
+        scale = top.detach().clamp_min(torch.finfo(v.dtype).tiny)
+        return scale * torch.linalg.vector_norm(v / scale, self.p, dims, keepdim=True)
+
+
+# Entries below this are not divided by a norm in anything that is proven.
+LEAST_NORMALIZED = 1e-100

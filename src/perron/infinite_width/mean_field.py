@@ -1,0 +1,78 @@
+"""The network that a random nonnegative equilibrium layer is in the limit of its width: a diagnostic of trained ones.
+
+Nonnegative weights are not centred, so the kernels of this package do not apply. With entries of order 1/m, W z is about
+kappa M, M the mean entry of z and kappa the mean row sum of W: the equilibrium is an explicit layer act(kappa M + b) with one
+scalar per sample, M = mean act(kappa M + b). The mean squared difference falls like 1/m at random initialisation; a
+layer that stays near its mean field has not learnt to use its recurrent weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perron.cells.activation import Activate, ActivationStep
+from perron.cells.chain import Chain
+from perron.cells.dense import DenseStep
+from perron.cells.injection import Inject, InjectStep
+from perron.cells.low_rank import DiagonalLowRank
+from perron.cells.trace import as_map
+from perron.nn import Equilibrium
+
+__all__ = ["MeanField", "mean_field"]
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """Of a layer on a batch; float64.
+
+    Attributes:
+        value: (batch, m) act(kappa M + b).
+        mean: (batch,) M.
+        gain: kappa.
+        distance: (batch,) |z - value|/|z|, z the layer's own equilibrium.
+    """
+
+    value: Tensor
+    mean: Tensor
+    gain: float
+    distance: Tensor
+
+
+@torch.no_grad()
+def mean_field(layer: Equilibrium, x: Tensor) -> MeanField:
+    """How far the equilibria of a nonnegative layer are from those of a mean field with its mean row sum.
+
+    Args:
+        layer: of the form z = act(W z + b), W >= 0 and dense, for instance `PositiveConcaveLinear`.
+        x: its input.
+
+    Raises:
+        ValueError: the layer has another form, or W has a negative entry.
+
+    >>> from perron.nn import PositiveConcaveLinear
+    >>> layer = PositiveConcaveLinear(4, 400)
+    >>> bool((mean_field(layer, torch.randn(3, 4)).distance < 0.1).all())
+    True
+    """
+    map, _ = as_map(layer.cell)
+    steps = map.steps if isinstance(map, Chain) else ()
+    form = [type(step) for step in steps] == [DenseStep, InjectStep, ActivationStep]
+    if not form or bool((steps[0].tensors[0] < 0).any()):  # type: ignore[union-attr]
+        raise ValueError(
+            "a mean field needs a cell act(W z + b) with a dense W that is nowhere negative; a centred Gaussian layer has "
+            "kernels instead (perron.infinite_width.implicit_kernels)"
+        )
+    (weight, *bias), sigma = steps[0].tensors, steps[2].activation  # type: ignore[union-attr]
+    m = len(weight)
+    own = layer.solve(x).value.double()
+    gain = float(weight.double().sum(1).mean())
+    field = DiagonalLowRank(m, 1, dtype=torch.float64, device=weight.device)
+    for tensor, entry in ((field.diagonal, 0.0), (field.left, gain / m), (field.right, 1.0)):
+        tensor.fill_(entry)
+    injection = layer.injected(x).double() + (bias[0].double() if bias else 0.0)
+    network = Equilibrium(nn.Sequential(field, Inject(), Activate(sigma)), injection="given")
+    value = network(injection)
+    return MeanField(value, value.mean(1), gain, (own - value).norm(dim=1) / own.norm(dim=1))

@@ -1,0 +1,1 @@
+"""Studies: several trainings or kernels beside each other. Needs perron[train]."""

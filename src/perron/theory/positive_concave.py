@@ -1,0 +1,189 @@
+"""Positive, nondecreasing, concave maps: which of them have exactly one fixed point, whatever the injection is.
+
+The rules are those of nonlinear Perron-Frobenius theory (Krasnosel'skii 1964; Yates 1995; Lemmens & Nussbaum 2012; Gabor,
+Piotrowski & Cavalcante, ICML 2024): such a map has a fixed point iff the spectral radius of its asymptotic map is below 1,
+and then it is unique and Picard iteration reaches it geometrically.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from perron._numerics.rounding import gamma, product_above
+from perron.cells.activation import ActivationStep
+from perron.cells.chain import Chain, unknown_step
+from perron.cells.injection import InjectStep
+from perron.cells.normalization import NormalizeStep
+from perron.cells.step import AffineStep, Refusal, check_rounding
+from perron.theory.certificate import Certificate, near_one, refused
+from perron.theory.contraction import check_nonnegative, degree
+
+__all__ = ["derive", "spectral_radius_bound"]
+
+
+# Above what underflow takes from a sum, far below every number that counts.
+_LEAST = 1e-300
+
+
+@torch.no_grad()
+def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
+    """A rigorous upper bound on the spectral radius of a nonnegative square matrix, dense or CSR.
+
+    Collatz-Wielandt: rho(A) <= max_i (A w)_i / w_i for every w > 0. Power iteration only looks for a good w; the bound
+    is then one evaluation in float64 with its rounding error added, so it holds however far the iteration got. inf where
+    that overflows.
+
+    Raises:
+        ValueError: the matrix is not square, or has negative, NaN or infinite entries.
+
+    >>> round(spectral_radius_bound(torch.full((4, 4), 0.125)), 9)
+    0.5
+    """
+    a = matrix.detach().double()
+    if a.dim() != 2 or a.shape[0] != a.shape[1]:
+        raise ValueError(f"a square matrix is needed, got shape {tuple(matrix.shape)}")
+    entries = a.values() if a.layout == torch.sparse_csr else a
+    if not bool(((entries >= 0) & torch.isfinite(entries)).all()):
+        raise ValueError("the bound holds for finite nonnegative matrices only")
+    if not bool((entries > 0).any()):
+        return 0.0
+    return _radius_above(lambda w: a @ w, a.shape[0], a.shape[0] + 2, a.device, iterations)
+
+
+def _radius_above(
+    image: Callable[[Tensor], Tensor], n: int, roundings: int, device: torch.device, iterations: int = 200
+) -> float:
+    """At least the spectral radius of the nonnegative w -> A w on n entries, computed with so many roundings in a row.
+
+    For every w > 0 it is at most max_i (A w)_i/w_i; a positive multiple of the identity attains it. The quotient is one
+    more rounding. A w needs to be right from 1e-300 on only: no entry of w is below 1e-200.
+    """
+    w = torch.ones(n, dtype=torch.float64, device=device)
+    best = math.inf
+    for _ in range(iterations):
+        y = image(w) + _LEAST
+        ratios = y / w
+        low, high = (float(t) for t in torch.aminmax(ratios))
+        if not high < math.inf:
+            # Overflow.
+            break
+        best = min(best, high)
+        if low >= best * (1 - 1e-12):
+            break
+        # The shift keeps w positive where the matrix is reducible, and steady where it is periodic.
+        w = y + 0.2 * best * w
+        w = (w / w.max()).clamp_min(1e-200)
+    return best * (1 + 2 * gamma(roundings + 8, torch.float64))
+
+
+def _asymptotic_radius(chain: Chain) -> float:
+    """At least the spectral radius of f_inf(z) = lim f(t z)/t, which is s A_L ... A_1 z with s the product of the slopes.
+
+    On w constant over images and positive, A_k w <= M_k w with M_k = `channels` of the step; so f_inf^j w <= (s M)^j w,
+    M = M_L ... M_1, and s M has no smaller radius than f_inf. Convolutions over all of space and matrices attain it.
+    """
+    slope = product_above(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
+    if slope == 0:
+        return 0.0
+    sizes = chain.sizes()
+    if "features" in sizes and "dimensions" in sizes:
+        raise Refusal("the spectral radius of a cell with linear maps along a side of an image is not bounded here")
+    maps = [m for step in chain.affine for m in step.channels()]
+    if not maps:
+        return slope
+
+    def image(w: Tensor) -> Tensor:
+        w = w.unsqueeze(0)
+        for step in maps:
+            # What underflowed may meet large weights in the next step.
+            w = step.linear(w) + step.underflow(torch.float64) + _LEAST
+        return w.squeeze(0)
+
+    n = sizes.get("features", sizes.get("channels", 0))
+    roundings = sum(s.terms + 3 for s in chain.affine)
+    return product_above([slope, _radius_above(image, n, roundings, maps[0].tensors[0].device)])
+
+
+def _check_nonnegative(chain: Chain) -> None:
+    for step in chain.affine:
+        check_nonnegative(step)
+
+
+def _check_positive(chain: Chain, positive_injection: bool) -> None:
+    """f must map into the open orthant: with f(0) = 0 in a coordinate, uniqueness can fail."""
+    positive = False
+    for step in chain.known:
+        if isinstance(step, AffineStep):
+            bias = step.bias is not None and step.bias.numel() > 0 and bool((step.bias.detach() > 0).all())
+            positive = bias or (positive and step.positive())
+        elif isinstance(step, InjectStep):
+            positive = positive or positive_injection
+        elif isinstance(step, ActivationStep):
+            positive = positive or step.activation.at_zero > 0
+        elif isinstance(step, NormalizeStep):
+            raise Refusal("division by a norm is not monotone")
+        else:
+            raise unknown_step(step)
+    if not positive:
+        raise Refusal(
+            "f(0) > 0 could not be verified: with sigma(0) = 0 the injection must be positive in every coordinate "
+            "(injection='softplus'), or use an activation with sigma(0) > 0 such as the sigmoid"
+        )
+
+
+def _a_priori_rate(chain: Chain) -> float | None:
+    """The degree, or 1 - min f(0)/sup f, where it does not depend on the input.
+
+    f is concave: f'(z) z <= f(z) - f(0) <= (1 - min f(0)/sup f) f(z) for every z >= 0, which is a degree of f.
+    """
+    try:
+        found = degree(chain)
+    except Refusal:
+        found = 1.0
+    last = chain.last_activation
+    if last is not None and last.bounded and last.at_zero > 0:
+        # The numbers themselves are powers, rounded.
+        found = min(found, 1 - last.at_zero / last.supremum * (1 - 1e-14))
+    return found if found < 1 else None
+
+
+def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
+    """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
+    kind = "none"
+    try:
+        check_rounding()
+        chain.sizes()
+        if chain.normalizes:
+            raise Refusal("division by a norm is not monotone")
+        _check_nonnegative(chain)
+        kind = "positive concave"
+        _check_positive(chain, positive_injection)
+        radius = _asymptotic_radius(chain)
+        if not radius < 1:
+            raise Refusal(
+                f"the asymptotic map has spectral radius up to {near_one(radius)}, not below 1: a fixed point may not exist; "
+                "scale the weights down or use a bounded activation"
+            )
+    except Refusal as refusal:
+        return refused(str(refusal), kind=kind)
+    names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
+    count = sum(t.numel() for t in chain.tensors)
+    return Certificate(
+        True,
+        True,
+        True,
+        "positive concave",
+        assumptions=(
+            f"all {count} weights of the cell are finite and nonnegative",
+            f"activations ({names}) are nonnegative, nondecreasing and concave on [0, inf)",
+            "f(0) > 0: " + ("the injection is positive" if positive_injection else "sigma(0) > 0 or a positive bias"),
+            "the asymptotic map is zero (bounded or sublinear cell)"
+            if radius == 0
+            else f"the asymptotic map has spectral radius at most {near_one(radius)} < 1",
+        ),
+        rate=_a_priori_rate(chain),
+    )

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from perron._files import BusyError, lock
+from perron.cli import main
+from perron.studies.equivalents import KernelSettings, compare_kernels
+from perron.training.run import UsageError
+
+QUICK = KernelSettings(images=100, kernel_images=60)
+
+
+def test_table_page_and_resumption(tmp_path, monkeypatch) -> None:
+    lines: list[str] = []
+    table = compare_kernels(QUICK, [8, 16], 2, tmp_path, write=lines.append)
+    assert table.count("| matched |") == 2
+    assert sum("microseconds" in line for line in lines) == 12
+    folder = tmp_path / "kernels" / "digits-tanh-sa-0.3-100-images-60-in-kernels"
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert "to the power: implicit -0." in table
+    assert "hard_tanh" in page
+    path = folder / "implicit-width-16-seed-1.json"
+    before = path.stat().st_mtime_ns
+    assert compare_kernels(QUICK, [8, 16], 2, tmp_path, write=lines.append) == table
+    assert path.stat().st_mtime_ns == before
+    monkeypatch.setattr("perron.studies.equivalents.write_kernels", lambda path, *_: path)
+    # Half a result is none, and a folder that is named alike is of other settings.
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text()[:60])
+    compare_kernels(QUICK, [16], 2, tmp_path, write=lines.append)
+    again = json.loads(path.read_text())
+    assert again["test"] == whole["test"]
+    assert again["versions"]["perron"]
+    close = KernelSettings(sa=0.30000001, images=100, kernel_images=60)
+    assert close.folder == QUICK.folder
+    with pytest.raises(UsageError, match=r"sa is 0\.3 there, 0\.30000001 was given"):
+        compare_kernels(close, [16], 2, tmp_path, write=lines.append)
+    with lock(folder / ".lock"), pytest.raises(BusyError):
+        compare_kernels(QUICK, [16], 2, tmp_path, write=lines.append)
+
+
+def test_command_and_misuse(tmp_path, capsys) -> None:
+    options = ["--runs", str(tmp_path), "--widths", "8", "--seeds", "1", "--images", "60", "--kernel-images", "30"]
+    command = ["kernels", "compare", *options]
+    assert main([*command, "--activation", "relu"]) == 0
+    assert "relative operator-norm distance" in capsys.readouterr().out
+    assert main([*command, "--activation", "relu", "--sa", "3"]) == 2
+    assert "[0, 1)" in capsys.readouterr().err
+    assert main([*command, "--activation", "linear", "--sa", "0.9999999999999999"]) == 2
+    assert "lower sa" in capsys.readouterr().err
+    assert main([*command, "--data", "letters"]) == 2
+    assert main([*command, "--activation", "cube"]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*command, "--widths", "a"])
+    assert "whole numbers" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="at least"):
+        compare_kernels(QUICK, [], 1, tmp_path)
