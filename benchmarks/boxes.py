@@ -37,8 +37,6 @@ from perron.nn import (
     Equilibrium,
     MonotoneConv2d,
     MonotoneLinear,
-    PlainConv2d,
-    PlainLinear,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveLinear,
@@ -46,6 +44,8 @@ from perron.nn import (
     SubhomogeneousConv1d,
     SubhomogeneousConv2d,
     SubhomogeneousLinear,
+    UnconstrainedConv2d,
+    UnconstrainedLinear,
 )
 from perron.solvers import Auto
 from perron.verify import Interval, propagate
@@ -128,7 +128,7 @@ def equilibrium(draw: Draw, features: int, dims: int) -> nn.Module:
         layer = (MonotoneLinear, None, MonotoneConv2d)[dims]
         return layer(features, features, activation=draw.choice(SIGNED), margin=draw.log(0.05, 3), **options)
     if kind == "plain" and dims != 1:
-        layer = (PlainLinear, None, PlainConv2d)[dims]
+        layer = (UnconstrainedLinear, None, UnconstrainedConv2d)[dims]
         return layer(features, features, activation=draw.choice(SIGNED), initial_radius=draw.uniform(0, 0.6), **options)
     if dims:
         return PositiveConcaveConv1d(features, features, **options) if dims == 1 else nn.Identity()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from perron._files import write_json
 from perron.cells import Activate, Inject, trace
 from perron.nn import Equilibrium
-from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, Newton, Picard
 
 TARGET = 1e-4
 LIMIT = 5000
@@ -100,7 +100,7 @@ def measure(layer: Equilibrium, b: Tensor) -> dict[str, Any]:
     layer.solver = Picard(tol=TARGET, max_steps=600, on_failure="ignore")
     picard = layer.solve(b)
     others = {}
-    for make in (Anderson, Broyden, MonotoneNewton):
+    for make in (Anderson, Broyden, Newton):
         layer.solver = make(tol=TARGET, max_steps=600, on_failure="ignore")
         found = layer.solve(b)
         if found.converged.all():

@@ -422,7 +422,7 @@ MUTANTS = [
     Mutant(
         "slopes of an adjoint from one place",
         "solvers/adjoint.py",
-        '(chain if plain is not None else self.exact).linearize_at_fixed_point(start, "upper")',
+        '(chain if rigorous is not None else self.exact).linearize_at_fixed_point(start, "upper")',
         'None if plain is None else chain.linearize_at_fixed_point(start, "upper")',
         "tests/solvers/test_adjoint.py",
     ),

@@ -52,7 +52,7 @@ def _speedups(results: list[dict[str, Any]]) -> str:
         axes.axvline(1, color="#475569", linewidth=1)
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.invert_yaxis()
-        axes.set(xscale="log", xlabel="time of the best rival / time of Perron", title="Against the best rival")
+        axes.set(xscale="log", xlabel="time of the best baseline / time of Perron", title="Against the best baseline")
         ticks = [0.25, 0.5, 1, 2, 4, 8]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()

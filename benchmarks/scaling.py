@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import Case, Perron, Rival, floor, interleaved, make_case, peak_memory
+from speed import Baseline, Case, Perron, floor, interleaved, make_case, peak_memory
 from torch import Tensor, nn
 
 from perron._files import write_json
@@ -30,12 +30,12 @@ LAYERS = (1, 2, 4, 8)
 
 
 def _against(case: Case, seconds: float) -> dict[str, Any]:
-    ours, rival = Perron(case, Auto(max_steps=400)), Rival(case, "hook")
-    rival.tol = rival.backward_tol = 1e-5
+    ours, baseline = Perron(case, Auto(max_steps=400)), Baseline(case, "hook")
+    baseline.tol = baseline.backward_tol = 1e-5
     facts = ours.check()
     _, bare = floor(case, facts["forward_steps"], facts["backward_steps"])
-    times = interleaved({"Auto": ours.both, "hook": rival.both, "floor": bare}, seconds)
-    memory = {"Auto": peak_memory(ours.both), "hook": peak_memory(rival.both)}
+    times = interleaved({"Auto": ours.both, "hook": baseline.both, "floor": bare}, seconds)
+    memory = {"Auto": peak_memory(ours.both), "hook": peak_memory(baseline.both)}
     return {"ms": times, "mib": memory, "steps": facts["forward_steps"] + facts["backward_steps"]}
 
 

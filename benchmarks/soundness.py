@@ -1,6 +1,6 @@
 """Soundness and tightness of everything that is proven about a solve, on random cells of ten families.
 
-Enclosures and error bounds of every solver, from every kind of guess; those of `perron.theory.enclosure.verify` around every
+Enclosures and error bounds of every solver, from every kind of guess; those of `perron.theory.theory.enclose` around every
 kind of candidate; and bounds of adjoints. Small cells are judged by fixed points in several hundred bits
 (`benchmarks/exact.py`), down to subnormal numbers and up to spectral radii of 1 - 1e-12; wide ones by Picard and Newton
 in float64. What is proven is a miss if the truth contradicts it by more than the truth's own error. The bound of an
@@ -34,6 +34,7 @@ import torch
 from exact import ExactCell, Truth, channel_product, numbers, radius
 from torch import Tensor, nn
 
+from perron import enclose
 from perron._files import write_json
 from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, DiagonalLowRank, Inject, Map, Normalize, Refusal, SparseLinear, trace
@@ -47,14 +48,14 @@ from perron.solvers import (
     Broyden,
     FixedPointProblem,
     IterativeSolver,
-    MonotoneNewton,
+    Newton,
     OperatorSplitting,
     Picard,
     Solution,
     adjoint,
 )
 from perron.solvers.aggregation import Aggregation
-from perron.theory import margin, verify
+from perron.theory import margin
 from perron.theory.positive_concave import derive
 
 BATCH = 10
@@ -407,10 +408,10 @@ SOLVERS: dict[str, IterativeSolver] = {
     "auto": Auto(),
     "picard": Picard(),
     "anderson": Anderson(),
-    "newton": MonotoneNewton(),
-    "batched": MonotoneNewton(linear="batched"),
-    "chord": MonotoneNewton(linear="chord"),
-    "krylov": MonotoneNewton(linear="krylov"),
+    "newton": Newton(),
+    "batched": Newton(linear="batched"),
+    "chord": Newton(linear="chord"),
+    "krylov": Newton(linear="krylov"),
     "broyden": Broyden(),
 }
 TOLERANCES = (0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10)
@@ -423,11 +424,11 @@ def random_solver(solver: IterativeSolver, dtype: torch.dtype) -> IterativeSolve
     if draw.chance(0.15):
         options["steps"] = draw.integer(5, 16)
     if draw.chance(0.15) and dtype == torch.float32:
-        options["verify"] = torch.float32
+        options["proof_dtype"] = torch.float32
     if draw.chance(0.02):
         options["stop"] = "residual"
-    if draw.chance(0.15) and hasattr(solver, "precision"):
-        options["precision"] = draw.pick((torch.bfloat16, torch.float32))
+    if draw.chance(0.15) and hasattr(solver, "step_dtype"):
+        options["step_dtype"] = draw.pick((torch.bfloat16, torch.float32))
     return replace(solver, on_failure="ignore", **options)
 
 
@@ -679,7 +680,7 @@ class Trial:
         verifying, differentiating = draw.chance(0.4), draw.chance(0.25)
         self.guarded("solve", self._solve)
         if self.concave and verifying:
-            self.guarded("verify", self._verify)
+            self.guarded("enclose", self._verify)
         if self.problem.truth == "exact" and differentiating:
             self.guarded("gradient", self._differentiate)
 
@@ -734,7 +735,7 @@ class Trial:
         )
         cell = self.chain.rebind([t.detach().to(self.b.dtype) for t in self.chain.tensors])
         try:
-            found = verify(cell, self.candidate, self.b, dtype=dtype)
+            found = enclose(cell, self.candidate, self.b, proof_dtype=dtype)
         except Refusal:
             return
         self.count["verified"] += int(found.proven.sum())

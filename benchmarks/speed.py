@@ -4,9 +4,9 @@ Maps: z = tanh(W z + b), W random nonnegative, scaled to spectral radius 1 (conv
 b = c softplus(randn, beta=5): the smaller c, the longer Picard takes. Near the critical scale with a small injection the
 map is hard. c is found so that Picard needs about 8, 20 and 60 steps for an entrywise relative error of 1e-4.
 
-The true error is entrywise and relative to a float64 solution. Every rival gets the loosest tolerance, of 0.1 and its
+The true error is entrywise and relative to a float64 solution. Every baseline gets the loosest tolerance, of 0.1 and its
 halves, at which every sample's true error is at most 1e-4; its backward tolerance is the loosest at which its gradient
-of b, against the float64 adjoint, is right to 1e-4 of its norm, or to twice Perron's error where that is more. A rival
+of b, against the float64 adjoint, is right to 1e-4 of its norm, or to twice Perron's error where that is more. A baseline
 that reaches neither is shown as such.
 
 `floor` is the time of as many bare products (or convolutions) as Perron's default took, all of them in float32, forward;
@@ -34,13 +34,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rivals import RIVALS, Cell, counts
+from baselines import RIVALS, Cell, counts
 from torch import Tensor, nn
 
 from perron._files import read_json, write_json
 from perron.cells import Activate, Inject
 from perron.nn import Equilibrium
-from perron.solvers import Anderson, Auto, Broyden, Compiled, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, Compiled, Newton, Picard
 from perron.studies.compare import peak_memory
 
 TARGET = 1e-4
@@ -50,7 +50,7 @@ SOLVERS: dict[str, Any] = {
     "Compiled": Compiled,
     "Picard": Picard,
     "Anderson": Anderson,
-    "MonotoneNewton": MonotoneNewton,
+    "Newton": Newton,
     "Broyden": Broyden,
 }
 
@@ -227,11 +227,11 @@ class Perron(Contestant):
         }
 
 
-class Rival(Contestant):
+class Baseline(Contestant):
     def __init__(self, case: Case, name: str) -> None:
         super().__init__(case)
         self.cell = Cell(nn.Parameter(case.weight.clone()))
-        self.rival = RIVALS[name]()
+        self.baseline = RIVALS[name]()
         self.tol = self.backward_tol = 0.1
 
     @property
@@ -239,7 +239,7 @@ class Rival(Contestant):
         return self.cell.weight
 
     def solve(self) -> Tensor:
-        return self.rival(self.cell, self.b, self.tol, self.backward_tol)
+        return self.baseline(self.cell, self.b, self.tol, self.backward_tol)
 
     def calibrate(self, gradient_goal: float, patience: float) -> bool:
         """The loosest tolerances that are good enough; False where there are none, or it takes too long to tell."""
@@ -315,11 +315,11 @@ def measure(case: Case, seconds: float, *, compiled: bool) -> dict[str, Any]:
         contestants[name] = contestant
     goal = max(2 * rows["Auto"]["gradient_error"], TARGET)
     for name in RIVALS:
-        rival = Rival(case, name)
+        baseline = Baseline(case, name)
         try:
-            if rival.calibrate(goal, patience=max(12 * seconds, 90)):
-                contestants[name] = rival
-            rows[name] = {"reached": name in contestants, **rival.check()}
+            if baseline.calibrate(goal, patience=max(12 * seconds, 90)):
+                contestants[name] = baseline
+            rows[name] = {"reached": name in contestants, **baseline.check()}
         except RuntimeError as error:
             rows[name] = {"reached": False, "failure": str(error).split("\n")[0][:100]}
     of_forward, of_both = floor(case, rows["Auto"]["forward_steps"], rows["Auto"]["backward_steps"])
@@ -352,7 +352,7 @@ def named(kind: str, size: int, image: int, batch: int, level: str) -> str:
 
 
 def ratio(rows: dict[str, Any], key: str) -> tuple[float, str]:
-    """Time of the best rival over that of Perron's default, and the rival's name."""
+    """Time of the best baseline over that of Perron's default, and the baseline's name."""
     times = {n: rows[n][key] for n in RIVALS if key in rows.get(n, {})}
     if not times:
         return math.nan, "-"
@@ -362,8 +362,8 @@ def ratio(rows: dict[str, Any], key: str) -> tuple[float, str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| case (Picard's steps) | evaluations, adjoint products: Auto | forward ms: Auto, Compiled, best rival, floor "
-        "| with backward ms: Auto, Compiled, best rival, floor | rival/Auto | rival/Compiled |",
+        "| case (Picard's steps) | evaluations, adjoint products: Auto | forward ms: Auto, Compiled, best baseline, floor "
+        "| with backward ms: Auto, Compiled, best baseline, floor | baseline/Auto | baseline/Compiled |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -20,8 +20,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from rivals import Cell, hook
-from speed import TARGET, Case, Perron, Rival, _accelerated, _neumann
+from baselines import Cell, hook
+from speed import TARGET, Baseline, Case, Perron, _accelerated, _neumann
 from torch import Tensor, nn
 
 from perron._files import write_json
@@ -97,9 +97,9 @@ def calibrated(model: PositiveConcaveLinearNet, x: Tensor) -> tuple[float, float
         gradient = slope * _neumann(lambda g: (slope * g) @ w64, v.double())
     case = Case("trained", weight, b, v, value, gradient, 0)
     goal = max(2 * Perron(case, Auto()).check()["gradient_error"], TARGET)
-    rival = Rival(case, "hook")
-    assert rival.calibrate(goal, 60), "the hook cannot reach the target"
-    return rival.tol, rival.backward_tol
+    baseline = Baseline(case, "hook")
+    assert baseline.calibrate(goal, 60), "the hook cannot reach the target"
+    return baseline.tol, baseline.backward_tol
 
 
 def main() -> None:

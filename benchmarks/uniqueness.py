@@ -298,7 +298,7 @@ def contradicted(certificate: Certificate, chain: Chain) -> bool:
     if certificate.kind == "bounded gain":
         rate = certificate.rate
         return rate is None or exact_gain(chain) > rate or rate >= 1
-    if certificate.kind == "monotone":
+    if certificate.kind == "monotone operator":
         matrix = channel_product(chain)
         with mpmath.workprec(2600):
             n = len(matrix)

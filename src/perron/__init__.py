@@ -1,13 +1,11 @@
 """Perron: equilibrium networks whose fixed points come with a proof."""
 
-from perron import activations, constraints, infinite_width, nn, solvers
-from perron.infinite_width import compile_explicit
-from perron.solvers import Auto, ConvergenceError, ConvergenceWarning, Picard, Solution
-from perron.theory import enclosure
-from perron.theory.certificate import Certificate
-from perron.theory.certify import certify
+from perron import activations, constraints, gradients, infinite_width, nn, solvers
+from perron.solution import Solution
+from perron.solvers import Auto, ConvergenceError, ConvergenceWarning, Picard
+from perron.theory import Certificate, certify, enclose
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Auto",
@@ -18,9 +16,9 @@ __all__ = [
     "Solution",
     "activations",
     "certify",
-    "compile_explicit",
     "constraints",
-    "enclosure",
+    "enclose",
+    "gradients",
     "infinite_width",
     "nn",
     "solvers",

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "train implicit models and their rivals at equal numbers of parameters; writes a table and a page"
+    text = "train implicit models and their baselines at equal numbers of parameters; writes a table and a page"
     sub = commands.add_parser("compare", help=text, description=text)
     sub.add_argument(
         "target", nargs="?", default="digits", help="data: digits (default), mnist, fashion-mnist, cifar10, svhn"

@@ -11,7 +11,9 @@ from torch import Tensor
 from perron.cells.chain import Chain
 from perron.cells.opaque import OneSystem, Opaque
 
-__all__ = ["FixedPointProblem", "Structure"]
+__all__ = ["Cell", "FixedPointProblem", "Structure"]
+
+Cell = Chain | Opaque | OneSystem
 
 # What is proven of a cell: J >= 0, and J falls as z grows; or F contracts, with J of any sign.
 Structure = Literal["concave", "contracting", "unknown"]
@@ -28,7 +30,7 @@ class FixedPointProblem:
         contracts: whether it contracts is to be seen on every sample (`perron.theory.contraction`).
     """
 
-    map: Chain | Opaque | OneSystem
+    map: Cell
     injection: Tensor
     proven: bool = False
     contracts: bool = False

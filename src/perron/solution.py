@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["AdjointSolution", "Solution"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdjointSolution:
     """How the adjoint equation g = J^T g + v was solved in the last backward pass, per sample.
 
@@ -44,7 +44,7 @@ class AdjointSolution:
         return replace(self, **parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solution:
     """A fixed point, what is proven of it, and what it cost, per sample.
 
@@ -61,7 +61,7 @@ class Solution:
         converged: (batch,) whether the tolerance was reached; by the residual where nothing is proven, and then not where a
             sample only stayed at its start, to which f does not come back from near by.
         proven: (batch,) whether the enclosure is proven, rounding accounted for.
-        precision: dtype of the arithmetic that proved enclosures, or None where no proof was wanted or possible.
+        proof_dtype: dtype of the arithmetic that proved enclosures, or None where no proof was wanted or possible.
         stopping: "enclosure" (certified error) or "residual".
         adjoint: filled in by the backward pass.
     """
@@ -75,14 +75,14 @@ class Solution:
     rate: Tensor
     converged: Tensor
     proven: Tensor
-    precision: torch.dtype | None
+    proof_dtype: torch.dtype | None
     stopping: Literal["enclosure", "residual"]
     adjoint: AdjointSolution | None = None
 
     @property
     def certified(self) -> bool:
         """Whether the enclosure of every sample is proven; waits for the device."""
-        return self.precision is not None and bool(self.proven.all())
+        return self.proof_dtype is not None and bool(self.proven.all())
 
     def detach(self) -> Solution:
         return replace(self, value=self.value.detach())
@@ -104,7 +104,7 @@ class Solution:
             every = [getattr(p, name) for p in parts]
             if isinstance(value, Tensor):
                 found[name] = torch.cat(every) if all(isinstance(e, Tensor) for e in every) else None
-            elif name in ("lower", "upper", "precision") and any(e != value for e in every):
+            elif name in ("lower", "upper", "proof_dtype") and any(e != value for e in every):
                 found[name] = None
         return replace(first, **found)
 

@@ -8,8 +8,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from perron.gradients import Gradient, Implicit, JacobianFree
 from perron.nn import Activate, Equilibrium, Inject, PositiveConcaveConv2d, PositiveConcaveLinear, SparseLinear
-from perron.nn.equilibrium import Gradient
 from perron.solvers import Auto, Picard
 
 EXACT = Auto(tol=1e-10, max_steps=1000)
@@ -163,7 +163,7 @@ def test_compiled_networks_train_and_infer_as_uncompiled_ones(backend: str) -> N
         torch.testing.assert_close(compiled(x[:3]), plain(x[:3]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gradient", ["implicit", "jacobian_free"])
+@pytest.mark.parametrize("gradient", [Implicit(), JacobianFree()])
 @pytest.mark.parametrize(
     "layer", [PositiveConcaveLinear(3, 3), Equilibrium(Sine(), injection="free")], ids=["read", "opaque"]
 )

@@ -75,7 +75,7 @@ def test_forward_transpose_and_gradients(name: str) -> None:
 def test_plain_sums_agree_and_obey_the_rounding_bound(name: str, dtype: torch.dtype) -> None:
     module, v = build(name, dtype)
     step = affine_step(module).rebind([t.detach() for t in affine_step(module).tensors]).magnitude()
-    plain = step.plainly()
+    plain = step.rigorous()
     if plain is None:
         assert "grouped" in name or name == "pooling"
         assert dtype == torch.float32
@@ -101,7 +101,7 @@ def test_row_sums_and_channels_bound_the_map(name: str) -> None:
 
 def test_plain_convolution_keeps_small_entries_beside_huge_ones() -> None:
     """A transform would leave an error of the size of its largest input everywhere."""
-    step = affine_step(nn.Conv2d(1, 1, 3, padding=1, bias=False)).plainly()
+    step = affine_step(nn.Conv2d(1, 1, 3, padding=1, bias=False)).rigorous()
     step = step.rebind([t.detach().abs() for t in step.tensors])
     image = torch.full((1, 1, 8, 8), 1e-3)
     image[0, 0, 0, 0] = 1e20
@@ -174,17 +174,17 @@ def precision_settings():
 
 @pytest.mark.parametrize("setting", [*REDUCED, *ELSEWHERE])
 def test_reduced_precision_never_proves_and_never_raises(setting: str, precision_settings: None) -> None:
-    layer = PositiveConcaveLinear(4, 6, solver=Picard(tol=1e-3, verify=torch.float32))
+    layer = PositiveConcaveLinear(4, 6, solver=Picard(tol=1e-3, proof_dtype=torch.float32))
     x = torch.randn(3, 4)
-    assert layer.solve(x).precision == torch.float32
+    assert layer.solve(x).proof_dtype == torch.float32
     (REDUCED | ELSEWHERE)[setting]()
     assert full_float32() == (setting in ELSEWHERE)
-    for solver in (Auto(), Picard(tol=1e-3, verify=torch.float32), Compiled(backend="eager")):
+    for solver in (Auto(), Picard(tol=1e-3, proof_dtype=torch.float32), Compiled(backend="eager")):
         layer.solver = solver
         solution = layer.solve(x)
         assert solution.certified
-        expected = torch.float32 if setting in ELSEWHERE and solver.verify == torch.float32 else torch.float64
-        assert solution.precision == expected
+        expected = torch.float32 if setting in ELSEWHERE and solver.proof_dtype == torch.float32 else torch.float64
+        assert solution.proof_dtype == expected
         layer(x).sum().backward()
         assert layer.last_solution.adjoint.certified
 
@@ -193,7 +193,7 @@ def test_fast_math_of_the_library_never_proves(monkeypatch: pytest.MonkeyPatch) 
     assert full_float32()
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     assert not full_float32()
-    assert DenseStep((torch.rand(2, 2),), None).plainly() is None
+    assert DenseStep((torch.rand(2, 2),), None).rigorous() is None
 
 
 # ----------------------------------------------------------------------------------- what bounds are made of, exactly

@@ -138,7 +138,7 @@ def test_steps_that_nobody_knows_are_not_the_identity(step: object) -> None:
         lambda: chain.rounding(torch.float64),
         lambda: chain.at_zero(z),
         lambda: chain.linear(z),
-        lambda: chain.plainly(),
+        lambda: chain.rigorous(),
         lambda: chain.sizes(),
         lambda: Chain((*chain.steps, ActivationStep(ACTIVATIONS["tanh"]))).single,
         lambda: chain.pullback(z, z, z),

@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import perron
-from perron import models
+from perron import enclose, models
 from perron.cells import Activate, Chain, Inject, Opaque, Refusal, as_map, reading, trace
 from perron.constraints import nonnegative
-from perron.nn import Equilibrium, PlainLinear, PositiveConcaveLinear, SubhomogeneousLinear
-from perron.theory import verify
+from perron.nn import Equilibrium, PositiveConcaveLinear, SubhomogeneousLinear, UnconstrainedLinear
 from perron.verify import Interval, certify_classes, propagate
 
 
@@ -209,7 +208,7 @@ def test_weights_that_change_from_read_to_read_are_refused() -> None:
     assert "another one at every read" in perron.certify(nn.Sequential(layer)).refusal
     assert "another one at every read" in perron.certify(layer.cell).refusal
     with pytest.raises(Refusal, match="another one at every read"):
-        verify(layer, x.abs(), x.abs() + 0.1)
+        enclose(layer, x.abs(), x.abs() + 0.1)
 
 
 def test_hooks_on_a_parametrisation_are_refused() -> None:
@@ -277,7 +276,7 @@ def test_weights_are_read_without_autocast() -> None:
     b = torch.rand(2, 4) + 0.1
     exact = layer.solve(b).value
     with torch.autocast("cpu", torch.bfloat16):
-        found, box = verify(layer, exact, b), propagate(layer, Interval(b, b))
+        found, box = enclose(layer, exact, b), propagate(layer, Interval(b, b))
         assert layer.certificate()
         assert perron.certify(layer.cell)
     assert found.proven.all()
@@ -335,7 +334,7 @@ def test_every_layer_is_known_and_read_unaltered() -> None:
         cls for cls in vars(perron.nn).values() if isinstance(cls, type) and callable(getattr(cls, "certificate", None))
     }
     assert known == reading.LAYERS
-    for layer in (PositiveConcaveLinear(2, 2), PlainLinear(2, 2), SubhomogeneousLinear(2, 2, normalize=2.0)):
+    for layer in (PositiveConcaveLinear(2, 2), UnconstrainedLinear(2, 2), SubhomogeneousLinear(2, 2, normalize=2.0)):
         layer(torch.randn(3, 2)).sum().backward()
         assert reading.is_layer(layer)
         assert isinstance(as_map(layer.cell)[0], Chain)

@@ -8,8 +8,8 @@ from perron import certify
 from perron.infinite_width import (
     ExplicitEquivalent,
     GaussianEquilibrium,
-    compile_explicit,
     explicit_ck,
+    explicit_equivalent,
     implicit_kernels,
     match_explicit,
 )
@@ -33,7 +33,7 @@ def test_features_approach_the_kernel_like_one_over_the_root_of_the_width(name: 
             layer = GaussianEquilibrium(30, width, name, generator=generator).double()
             z = layer(x).detach()
             assert bool(layer.last_solution.converged.all())
-            net, match = compile_explicit(layer, x, generator=generator)
+            net, match = explicit_equivalent(layer, x, generator=generator)
             y = net(x).detach()
             found.append(torch.stack([(z @ z.t() - wanted).norm(), (y @ y.t() - wanted).norm()]) / wanted.norm())
         errors.append(torch.stack(found).mean(0))
@@ -71,11 +71,11 @@ def test_a_gaussian_layer_is_a_layer() -> None:
 
 def test_other_layers_have_no_equivalent() -> None:
     with pytest.raises(ValueError, match="nonnegative weights"):
-        compile_explicit(PositiveConcaveLinear(5, 5), torch.randn(3, 5))
+        explicit_equivalent(PositiveConcaveLinear(5, 5), torch.randn(3, 5))
     layer = GaussianEquilibrium(5, 16)
     with pytest.raises(ValueError, match="data must be"):
-        compile_explicit(layer, torch.randn(3, 4))
-    wide, _ = compile_explicit(layer, torch.randn(3, 5), width=32)
+        explicit_equivalent(layer, torch.randn(3, 4))
+    wide, _ = explicit_equivalent(layer, torch.randn(3, 5), width=32)
     assert wide(torch.randn(3, 5)).shape == (3, 32)
     for wrong in ((5, 0, ["relu"]), (5, 4, []), (5, 4, ["relu"], -1.0)):
         with pytest.raises(ValueError, match="positive"):

@@ -10,7 +10,7 @@ from perron import certify
 from perron.cells import Activate, Inject, Normalize, VariationalDropout, as_map
 from perron.constraints import nonnegative
 from perron.nn import Equilibrium
-from perron.solvers import Anderson, Auto, Broyden, MonotoneNewton, Picard, Solver
+from perron.solvers import Anderson, Auto, Broyden, Newton, Picard, Solver
 
 N = 6
 
@@ -43,7 +43,7 @@ def _unrolled(layer: Equilibrium, b: Tensor, steps: int = 400) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "solver", [Picard(), Auto(), Anderson(), Broyden(), MonotoneNewton(), Auto(steps=20, on_failure="ignore")]
+    "solver", [Picard(), Auto(), Anderson(), Broyden(), Newton(), Auto(steps=20, on_failure="ignore")]
 )
 @pytest.mark.parametrize("place", [0, 1])
 def test_enclosures_hold_under_the_masks_that_were_drawn(solver: Solver, place: int):
@@ -192,7 +192,7 @@ def test_spectral_norm_of_nonnegative_weights_keeps_the_certificate_and_of_signe
     layer = Equilibrium(nn.Sequential(signed, Inject(), Activate("tanh")), injection="free")
     for _ in range(5):
         layer(torch.randn(4, N))
-    assert layer.eval().certificate().kind == "monotone"
+    assert layer.eval().certificate().kind == "monotone operator"
     assert layer.solve(torch.randn(4, N)).certified
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perron.cells import as_map
-from perron.nn import Equilibrium, Inject, Phantom, PlainLinear, PositiveConcaveLinear
+from perron.gradients import Implicit, JacobianFree, Phantom
+from perron.nn import Equilibrium, Inject, PositiveConcaveLinear, UnconstrainedLinear
 from perron.solvers import (
     Anderson,
     Auto,
@@ -19,12 +20,12 @@ from perron.solvers import (
     ConvergenceError,
     ConvergenceWarning,
     FixedPointProblem,
-    MonotoneNewton,
+    Newton,
     Picard,
 )
 from problems import dense_layer
 
-SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), MonotoneNewton()]
+SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), Newton()]
 
 
 def residuals(cell: nn.Module, z: Tensor, x: Tensor) -> Tensor:
@@ -317,7 +318,7 @@ def test_a_gradient_that_would_be_lost_is_refused(where: str) -> None:
     layer.solve(x)
     with torch.no_grad():
         layer(x)
-    layer.gradient = Phantom(3, 1.0)
+    layer.gradient = Phantom(steps=3, damping=1.0)
     layer(x).sum().backward()
     if where == "closure":
         assert w.grad is not None
@@ -364,11 +365,11 @@ def test_an_adjoint_is_reported_with_its_own_solve() -> None:
     assert layer.last_solution.value.shape == (2, 5)
     assert layer.last_solution.adjoint is None
     exact = layer(x).sum()
-    layer.gradient = "jacobian_free"
+    layer.gradient = JacobianFree()
     layer(x)
     exact.backward()
     assert layer.last_solution.adjoint is None
-    layer.gradient = "implicit"
+    layer.gradient = Implicit()
     value = layer(x).sum()
     value.backward(retain_graph=True)
     once = layer.last_solution.adjoint
@@ -586,7 +587,9 @@ def test_a_function_is_a_cell() -> None:
     )
 
 
-@pytest.mark.parametrize("layer", [PlainLinear(3, 3), Equilibrium(Mean(3), injection="free")], ids=["read", "unread"])
+@pytest.mark.parametrize(
+    "layer", [UnconstrainedLinear(3, 3), Equilibrium(Mean(3), injection="free")], ids=["read", "unread"]
+)
 def test_what_is_no_input_is_named(layer: Equilibrium) -> None:
     x = torch.ones(2, 3)
     for call in (layer, layer.solve):
@@ -605,7 +608,7 @@ def test_what_is_no_input_is_named(layer: Equilibrium) -> None:
 
 @pytest.mark.parametrize("solver", ["anderson", Anderson, 1e-3])
 def test_what_is_no_solver_is_named(solver: object) -> None:
-    for layer in (lambda **k: Equilibrium(Mean(3), **k), lambda **k: PlainLinear(3, 3, **k)):
+    for layer in (lambda **k: Equilibrium(Mean(3), **k), lambda **k: UnconstrainedLinear(3, 3, **k)):
         with pytest.raises(TypeError, match=r"such as Auto\(tol=1e-6\), got"):
             layer(solver=solver)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from perron import certify
 from perron.activations import Activation
 from perron.cells import Refusal
+from perron.gradients import JacobianFree
 from perron.nn import GraphEquilibrium
 from perron.nn.graph import normalized_adjacency
 from perron.solvers import Auto, Picard
@@ -104,7 +105,7 @@ def test_gradients_of_edge_weights(options) -> None:
     weight = (0.5 + torch.rand(5, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda t, w: layer(t, edges, w), (x, weight), eps=1e-6, atol=1e-7)
     assert torch.autograd.gradgradcheck(lambda t, w: layer(t, edges, w), (x, weight), fast_mode=True)
-    layer.gradient = "jacobian_free"
+    layer.gradient = JacobianFree()
     (found,) = torch.autograd.grad(layer(x, edges, weight).sum(), weight)
     assert (found != 0).all()
 
@@ -221,7 +222,15 @@ def test_assigned_alphas_and_activations_of_somebody_are_refused() -> None:
     layer.alpha = -1.0
     with pytest.raises(Refusal, match="alpha"):
         layer.solve(torch.rand(3, 2), PATH)
-    lie = Activation("tanh", lambda v: 10 * v, torch.ones_like, 0.0, 1.0, 0.0, 1.0)
+    lie = Activation(
+        name="tanh",
+        function=lambda v: 10 * v,
+        derivative=torch.ones_like,
+        at_zero=0.0,
+        supremum=1.0,
+        asymptotic_slope=0.0,
+        slope_at_zero=1.0,
+    )
     with pytest.raises(Refusal, match="facts"):
         GraphEquilibrium(lie)
 

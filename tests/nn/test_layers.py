@@ -13,8 +13,6 @@ from perron.nn import (
     Inject,
     MonotoneConv2d,
     MonotoneLinear,
-    PlainConv2d,
-    PlainLinear,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
@@ -22,6 +20,8 @@ from perron.nn import (
     SparseLinear,
     SubhomogeneousConv2d,
     SubhomogeneousLinear,
+    UnconstrainedConv2d,
+    UnconstrainedLinear,
 )
 from perron.nn.equilibrium import positive_injection
 from perron.solvers import Picard
@@ -39,8 +39,8 @@ ALL = [
     (SubhomogeneousConv2d, (4, 6, 5)),
     (MonotoneLinear, (4,)),
     (MonotoneConv2d, (4, 6, 5)),
-    (PlainLinear, (4,)),
-    (PlainConv2d, (4, 6, 5)),
+    (UnconstrainedLinear, (4,)),
+    (UnconstrainedConv2d, (4, 6, 5)),
 ]
 
 

@@ -129,7 +129,7 @@ def test_slopes_of_a_value_above_the_supremum_are_none() -> None:
 def test_coarse_steps_of_a_fine_layer_bound_nothing_of_it(step_dtype: torch.dtype) -> None:
     layer = PositiveConcaveLinear(6, 9, "log1p", dtype=torch.float64)
     x = torch.randn(5, 6, dtype=torch.float64)
-    fine, coarse = (Auto(tol=1e-9, precision=p, max_steps=500) for p in (None, step_dtype))
+    fine, coarse = (Auto(tol=1e-9, step_dtype=p, max_steps=500) for p in (None, step_dtype))
     layer.solver = fine
     exact = layer.solve(x)
     layer.solver = coarse

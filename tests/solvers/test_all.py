@@ -20,7 +20,7 @@ from perron.solvers import (
     ConvergenceWarning,
     FixedPointProblem,
     IterativeSolver,
-    MonotoneNewton,
+    Newton,
     Picard,
 )
 from problems import dense_layer, dense_problems, truth
@@ -30,13 +30,13 @@ SOLVERS = {
     "picard": Picard(),
     "anderson": Anderson(),
     "broyden": Broyden(),
-    "newton": MonotoneNewton(),
-    "batched": MonotoneNewton(linear="batched"),
-    "chord": MonotoneNewton(linear="chord"),
-    "krylov": MonotoneNewton(linear="krylov"),
-    "bfloat16 steps": Auto(precision=torch.bfloat16),
-    "bfloat16 factors": MonotoneNewton(precision=torch.bfloat16, linear="batched"),
-    "bfloat16 chord": MonotoneNewton(precision=torch.bfloat16, linear="chord"),
+    "newton": Newton(),
+    "batched": Newton(linear="batched"),
+    "chord": Newton(linear="chord"),
+    "krylov": Newton(linear="krylov"),
+    "bfloat16 steps": Auto(step_dtype=torch.bfloat16),
+    "bfloat16 factors": Newton(step_dtype=torch.bfloat16, linear="batched"),
+    "bfloat16 chord": Newton(step_dtype=torch.bfloat16, linear="chord"),
 }
 
 
@@ -55,7 +55,7 @@ def test_enclosures_hold(name: str) -> None:
         solution = layer.solve(b)
         exact = truth(layer, b)
         assert solution.certified
-        assert solution.precision == torch.float64
+        assert solution.proof_dtype == torch.float64
         assert (solution.lower.double() <= exact * (1 + 1e-12)).all()
         assert (exact * (1 - 1e-12) <= solution.upper.double()).all()
         error = ((solution.value.double() - exact).abs() / exact).amax(1)
@@ -151,11 +151,11 @@ def test_bad_samples_leave_their_neighbours_alone(solver) -> None:
     assert not layer.solve(b).proven[[1, 4]].any(), "a bounded activation makes something finite of inf"
 
 
-@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, MonotoneNewton])
+@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, Newton])
 def test_samples_that_leave_after_one_coarse_step(make) -> None:
     """What is measured of bfloat16 steps is float64 from the first step on."""
     layer = dense_layer(0.1028 * torch.ones(1, 1, dtype=torch.float64), "erf")
-    layer.solver = make(tol=1e-8, precision=torch.bfloat16, max_steps=8, on_failure="ignore")
+    layer.solver = make(tol=1e-8, step_dtype=torch.bfloat16, max_steps=8, on_failure="ignore")
     b = torch.tensor([[2e-7], [6e-5], [4e-2], [4e-4], [6e-2], [3e-4], [3e-10], [2e-8], [2e-9], [7e-6]]).double()
     solution = layer.solve(b)
     exact = truth(layer, b)
@@ -310,7 +310,7 @@ def test_fixed_steps_of_maps_without_structure(solver) -> None:
     layer = Equilibrium(Rotation(), solver=replace(solver, steps=7, on_failure="ignore"))
     solution = layer.solve(torch.randn(3, 4))
     assert (solution.steps >= 7).all()
-    if not isinstance(solver, MonotoneNewton):
+    if not isinstance(solver, Newton):
         assert layer.cell.evaluations == 7
 
 
@@ -328,10 +328,10 @@ def test_options_are_checked() -> None:
     for wrong in (
         lambda: Anderson(window=0),
         lambda: Broyden(memory=0),
-        lambda: MonotoneNewton(linear="lu"),
+        lambda: Newton(linear="lu"),
         lambda: Auto(steps=4),
         lambda: Anderson(tol=0),
-        lambda: Broyden(verify=torch.bfloat16),
+        lambda: Broyden(proof_dtype=torch.bfloat16),
     ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
@@ -340,12 +340,12 @@ def test_options_are_checked() -> None:
 
 
 def test_without_proof_nothing_is_certified(solver) -> None:
-    layer = PositiveConcaveLinear(5, 7, solver=replace(solver, verify=None))
+    layer = PositiveConcaveLinear(5, 7, solver=replace(solver, proof_dtype=None))
     x = torch.randn(4, 5)
     solution = layer.solve(x)
     assert solution.converged.all()
     assert not solution.certified
-    assert solution.precision is None
+    assert solution.proof_dtype is None
     assert not solution.proven.any()
     exact = truth(layer, layer.injected(x).detach())
     torch.testing.assert_close(solution.value.double(), exact, rtol=3e-4, atol=0)
@@ -395,7 +395,7 @@ def test_fixed_steps_of_maps_without_structure_wait_for_nothing() -> None:
     assert waits.count == 0
 
 
-@pytest.mark.parametrize("make", [Auto, Anderson, MonotoneNewton])
+@pytest.mark.parametrize("make", [Auto, Anderson, Newton])
 def test_enough_fixed_steps_prove_every_sample(make) -> None:
     """On maps far from rank one a good candidate must not be lost between the steps and the proof."""
     for seed in range(3):
@@ -416,16 +416,16 @@ def test_without_proof_a_solve_takes_no_more_steps(make) -> None:
     layer = dense_layer(0.7 * weight, "tanh")
     b = 0.01 + torch.rand(32, 60, generator=generator)
     steps = []
-    for verify in (torch.float64, None):
-        layer.solver = make(tol=2e-5, verify=verify)
+    for dtype in (torch.float64, None):
+        layer.solver = make(tol=2e-5, proof_dtype=dtype)
         solution = layer.solve(b)
         assert solution.converged.all()
-        assert solution.certified == (verify is not None)
+        assert solution.certified == (dtype is not None)
         steps.append(float(solution.steps.double().mean()))
     assert steps[1] <= steps[0] + 2
 
 
-@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, MonotoneNewton, Picard])
+@pytest.mark.parametrize("make", [Auto, Anderson, Broyden, Newton, Picard])
 def test_every_sample_gets_an_enclosure_where_f_grows_from_small_values(make) -> None:
     """From b to values a million times as large Picard's residual grows with its iterates, and no method may stand in its way."""
     weight = torch.rand(12, 12) * (torch.rand(12, 12) < 0.3)

@@ -6,7 +6,7 @@ from torch import nn
 
 from perron.cells import SparseLinear
 from perron.nn import Activate, DiagonalLowRank, Equilibrium, Inject, PositiveConcaveConv2d
-from perron.solvers import Anderson, Auto, Broyden, ConvergenceWarning, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, ConvergenceWarning, Newton, Picard
 from problems import dense_layer, truth
 
 
@@ -118,7 +118,7 @@ def test_at_most_twice_the_evaluations_of_the_best_solver(name: str) -> None:
     layer = _cell(weight, place)
     b = torch.full((2, len(weight)), 1.3e-3, dtype=weight.dtype)
     counts = {}
-    for solver in (Auto(), Anderson(), Broyden(), MonotoneNewton()):
+    for solver in (Auto(), Anderson(), Broyden(), Newton()):
         layer.solver = replace(solver, max_steps=300, on_failure="ignore")
         solution = layer.solve(b)
         if solution.converged.all():
@@ -156,7 +156,7 @@ def test_mazes() -> None:
     b = torch.full((1, n), 1e-250, dtype=torch.float64)
     b[0, 0] = 1.0
     exact = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - weight, b[0]).unsqueeze(0)
-    for solver in (Auto(max_steps=400), Picard(max_steps=400), MonotoneNewton(max_steps=400), Anderson(max_steps=400)):
+    for solver in (Auto(max_steps=400), Picard(max_steps=400), Newton(max_steps=400), Anderson(max_steps=400)):
         layer = _cell(weight, "affine")
         layer.solver = solver
         cold, warm = layer.solve(b), layer.solve(b, z0=exact)
@@ -165,5 +165,5 @@ def test_mazes() -> None:
             assert solution.converged.all()
             torch.testing.assert_close(solution.value, exact, rtol=1e-8, atol=0)
         assert warm.steps.max() <= 12
-        if isinstance(solver, Auto | MonotoneNewton):
+        if isinstance(solver, Auto | Newton):
             assert cold.steps.max() <= 20

@@ -14,7 +14,7 @@ from perron.solvers import (
     Auto,
     Broyden,
     FixedPointProblem,
-    MonotoneNewton,
+    Newton,
     OperatorSplitting,
     Picard,
     Solver,
@@ -26,9 +26,9 @@ SOLVERS: dict[str, Solver] = {
     "picard": Picard(),
     "anderson": Anderson(),
     "broyden": Broyden(),
-    "newton": MonotoneNewton(),
-    "chord": MonotoneNewton(linear="chord"),
-    "krylov": MonotoneNewton(linear="krylov"),
+    "newton": Newton(),
+    "chord": Newton(linear="chord"),
+    "krylov": Newton(linear="krylov"),
 }
 # The smallest enclosure of a concave cell takes 3 evaluations, that of another 2.
 SMALLEST = 3
@@ -119,17 +119,17 @@ def test_cells_that_contract_or_are_monotone(kind: str, max_steps: int, monkeypa
         "splitting": OperatorSplitting(),
         "forward": OperatorSplitting(scheme="forward_backward"),
     }
-    if kind == "monotone":
+    if kind == "monotone operator":
         layer = MonotoneLinear(ENTRIES, ENTRIES, activation="relu")
         with torch.no_grad():
             cell = nn.Sequential(linear(3 * layer.cell[0].weight - 2 * torch.eye(ENTRIES)), Inject(), nn.ReLU())
     problem = FixedPointProblem(trace(cell), torch.full((SAMPLES, ENTRIES), 0.3), False, True)
-    for name, solver in ({**SOLVERS, **splitting} if kind == "monotone" else SOLVERS).items():
+    for name, solver in ({**SOLVERS, **splitting} if kind == "monotone operator" else SOLVERS).items():
         counter.count = 0
         solution = replace(solver, max_steps=max_steps, tol=1e-6, on_failure="ignore").solve(problem)
         # Splitting takes products with W besides.
         assert counter.count <= int(solution.steps.max()) <= max(max_steps, 2), name
-        if kind == "contracting" and not isinstance(solver, MonotoneNewton):
+        if kind == "contracting" and not isinstance(solver, Newton):
             assert solution.steps.tolist() == [counter.count] * SAMPLES, name
 
 

@@ -20,7 +20,7 @@ class Elementwise:
 
 
 def run(function, start: torch.Tensor, limit: int = 60, method: Method | None = None) -> Found:
-    rule = Rule(1e-8, None, False, limit)
+    rule = Rule(tol=1e-8, slack=None, ahead=False, limit=limit)
     return iterate(Elementwise(function), method or Mixed(None, Mixing(5)), start, rule)
 
 
@@ -70,6 +70,6 @@ def test_half_of_the_way_back() -> None:
 
 
 def test_a_goal_that_has_underflowed_is_no_error() -> None:
-    rule = Rule(0.0, None, False, 300)
+    rule = Rule(tol=0.0, slack=None, ahead=False, limit=300)
     found = iterate(Elementwise(lambda z: 0.5 * z + 1), Mixed(None, Mixing(5)), torch.tensor([[0.3]]), rule)
     torch.testing.assert_close(found.value, torch.tensor([[2.0]]))

@@ -100,12 +100,12 @@ def test_small_batches(shape) -> None:
 
 def test_without_proof_nothing_is_certified() -> None:
     for make in (lambda s: PositiveConcaveLinear(5, 7, solver=s), lambda s: PositiveConcaveConv2d(5, 3, solver=s)):
-        layer = make(Picard(verify=None))
+        layer = make(Picard(proof_dtype=None))
         x = torch.randn(2, 5) if layer.dims == 0 else torch.randn(2, 5, 6, 6)
         solution = layer.solve(x)
         assert solution.converged.all()
         assert not solution.certified
-        assert solution.precision is None
+        assert solution.proof_dtype is None
         layer.solver = Picard()
         proven = layer.solve(x)
         assert proven.certified
@@ -113,17 +113,24 @@ def test_without_proof_nothing_is_certified() -> None:
 
 
 def test_float32_proof_on_request() -> None:
-    layer = dense_layer(torch.rand(30, 30) / 20, "tanh", solver=Picard(verify=torch.float32, tol=1e-3))
+    layer = dense_layer(torch.rand(30, 30) / 20, "tanh", solver=Picard(proof_dtype=torch.float32, tol=1e-3))
     b = torch.rand(5, 30) + 0.1
     solution = layer.solve(b)
-    assert solution.precision == torch.float32
+    assert solution.proof_dtype == torch.float32
     exact = truth(layer, b)
     assert ((solution.lower.double() <= exact) & (exact <= solution.upper.double())).all()
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"tol": 0}, {"tol": 1.5}, {"max_steps": 0}, {"stop": "soon"}, {"verify": torch.float16}, {"on_failure": "shrug"}],
+    [
+        {"tol": 0},
+        {"tol": 1.5},
+        {"max_steps": 0},
+        {"stop": "soon"},
+        {"proof_dtype": torch.float16},
+        {"on_failure": "shrug"},
+    ],
 )
 def test_options_are_checked(options) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -122,7 +122,7 @@ def test_presets_of_rivals_go_through_every_command(core: str, tmp_path, capsys)
         f"""
 model:
   model:
-    class_path: perron.models.RivalNet
+    class_path: perron.models.BaselineNet
     init_args: {{core: {core}, in_features: 64, width: 8}}
 data:
   class_path: perron.data.Digits

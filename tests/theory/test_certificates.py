@@ -174,7 +174,7 @@ def test_tampering_is_seen() -> None:
     with torch.no_grad():
         layer.cell[0].weight[0, 0] = -1
     # Not positive concave any more; what it is now, is said.
-    assert certify(layer).kind == "monotone"
+    assert certify(layer).kind == "monotone operator"
     with torch.no_grad():
         layer.cell[0].weight[0, 1] = layer.cell[0].weight[1, 0] = -10
     assert not certify(layer)
@@ -183,7 +183,15 @@ def test_tampering_is_seen() -> None:
 
 
 def test_undeclared_activation_facts_are_refused() -> None:
-    lie = Activation("lie", torch.square, lambda v: 2 * v, 0.0, 1.0, 0.0, 1.0)
+    lie = Activation(
+        name="lie",
+        function=torch.square,
+        derivative=lambda v: 2 * v,
+        at_zero=0.0,
+        supremum=1.0,
+        asymptotic_slope=0.0,
+        slope_at_zero=1.0,
+    )
     assert not certify(nn.Sequential(nonnegative(nn.Linear(2, 2, bias=False)), Inject(), Activate(lie)))
 
 
@@ -474,7 +482,17 @@ FOREIGN = {
     "facts": (
         HALF,
         InjectStep(),
-        ActivationStep(Activation("relu", lambda v: 10 * v, torch.ones_like, 0.0, 1.0, 0.0, 1.0)),
+        ActivationStep(
+            Activation(
+                name="relu",
+                function=lambda v: 10 * v,
+                derivative=torch.ones_like,
+                at_zero=0.0,
+                supremum=1.0,
+                asymptotic_slope=0.0,
+                slope_at_zero=1.0,
+            )
+        ),
     ),
 }
 

@@ -15,13 +15,13 @@ from perron import certify
 from perron.activations import get_activation
 from perron.cells import Activate, ActivationStep, Chain, DenseStep, Inject, InjectStep, Normalize, Refusal, trace
 from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
-from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, Picard
 from perron.theory import activation_degree, contraction, degree, gain
 from perron.theory.contraction import _ball, _step_over, sensitivity, variation
 from problems import long_picard
 
 TWO = torch.tensor([[10.0, -10.0], [-10.0, 10.0]], dtype=torch.float64)
-SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), MonotoneNewton()]
+SOLVERS = [Auto(), Picard(), Anderson(), Broyden(), Newton()]
 
 
 def layer(weight: Tensor, *modules: nn.Module, **options) -> Equilibrium:
@@ -457,7 +457,7 @@ def test_fixed_steps() -> None:
 
 
 def test_no_proof_is_looked_for_where_none_is_wanted() -> None:
-    cell = SubhomogeneousLinear(3, 4, normalize=2, solver=Auto(verify=None))
+    cell = SubhomogeneousLinear(3, 4, normalize=2, solver=Auto(proof_dtype=None))
     solution = cell.solve(torch.randn(5, 3))
     assert not solution.certified
     assert solution.stopping == "residual"

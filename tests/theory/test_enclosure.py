@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perron import enclose
 from perron.cells import Inject, Refusal, trace
 from perron.nn import PositiveConcaveConv2d
-from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, Picard
-from perron.theory import verify
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, Picard
 from perron.theory.enclosure import Evaluated, prove, relative_error_bound, round_outward
 from perron.verify import Interval, propagate
 from problems import SUBLINEAR, dense_layer, dense_problems, long_picard, truth
@@ -53,7 +53,9 @@ def test_all_bounds_are_attained_by_affine_maps(case: int, below: float, above: 
         return
     chain = trace(dense_layer(weight, "relu").cell)
     with torch.no_grad():
-        values = Evaluated(b.unsqueeze(0), p, chain(p, b.unsqueeze(0)), q, chain(q, b.unsqueeze(0)))
+        values = Evaluated(
+            at_zero=b.unsqueeze(0), p=p, at_p=chain(p, b.unsqueeze(0)), q=q, at_q=chain(q, b.unsqueeze(0))
+        )
     found = prove(values, chain.rounding(torch.float64))
     assert found.proven.item()
     # What f rounds is amplified by z*/f(0), and counts with how far the points are away.
@@ -71,7 +73,7 @@ def test_candidates_far_from_the_solution(candidate: float) -> None:
     """z = 0.9 z + 1 is 10."""
     one = torch.ones(1, 1, dtype=torch.float64)
     weight = torch.full((1, 1), 0.9, dtype=torch.float64)
-    found = verify(dense_layer(weight, "relu"), candidate * one, one)
+    found = enclose(dense_layer(weight, "relu"), candidate * one, one)
     exact = affine_fixed_point(weight, one[0])[0]
     assert not found.proven.item() or Fraction(found.lower.item()) <= exact <= Fraction(found.upper.item())
 
@@ -84,7 +86,7 @@ def test_a_chord_whose_ratio_is_below_the_range() -> None:
     with torch.no_grad():
         for point in torch.logspace(281, 285, 60, dtype=torch.float64):
             q = point.expand(1, 1)
-            found = prove(Evaluated(b, zero, b, q, chain(q, b)), chain.rounding(torch.float64))
+            found = prove(Evaluated(at_zero=b, p=zero, at_p=b, q=q, at_q=chain(q, b)), chain.rounding(torch.float64))
             assert found.proven.item()
             assert Fraction(found.lower.item()) <= exact <= Fraction(found.upper.item())
 
@@ -94,7 +96,7 @@ NEARLY_CRITICAL = torch.tensor(
 )
 
 
-@pytest.mark.parametrize("make", [Auto, Picard, Anderson, Broyden, MonotoneNewton])
+@pytest.mark.parametrize("make", [Auto, Picard, Anderson, Broyden, Newton])
 def test_a_nearly_critical_map(make) -> None:
     """Of spectral radius 0.99991."""
     b = torch.tensor([[0.22675055177677106, 0.36425101756000655]], dtype=torch.float64)
@@ -137,7 +139,7 @@ def test_chord_and_ray_bounds_are_theorems(problem) -> None:
             q = torch.where(ratio < 1, p + (z - p) / (1 - ratio), torch.inf)
             assert (q >= exact * (1 - RELIABLE)).all()
             q = q.clamp_max(1e6 * exact.max())
-            found = prove(Evaluated(zero, z, s, q, chain(q, b)), rounding)
+            found = prove(Evaluated(at_zero=zero, p=z, at_p=s, q=q, at_q=chain(q, b)), rounding)
             inside = (found.lower <= exact * (1 + RELIABLE)) & (exact * (1 - RELIABLE) <= found.upper)
             assert inside[found.proven].all()
             p, z = z, s
@@ -149,9 +151,9 @@ def test_any_candidate_is_verified(activation: str, dtype: torch.dtype) -> None:
     layer = dense_layer(torch.rand(20, 20) / 15, activation)
     b = torch.rand(6, 20) + 0.05
     exact = truth(layer, b)
-    found = verify(layer, exact.to(dtype), b)
+    found = enclose(layer, exact.to(dtype), b)
     assert found.proven.all()
-    assert found.precision == torch.float64
+    assert found.proof_dtype == torch.float64
     assert ((found.lower <= exact) & (exact <= found.upper)).all()
     width = ((found.upper - found.lower) / found.lower).amax()
     assert width <= 400 * torch.finfo(dtype).eps + 1e-10
@@ -164,7 +166,7 @@ def test_wrong_candidates_are_not_proven_narrowly() -> None:
     candidate = exact.clone()
     candidate[1] *= 0.5
     candidate[2] = torch.nan
-    found = verify(layer, candidate, b)
+    found = enclose(layer, candidate, b)
     assert found.proven[0]
     assert not found.proven[2]
     if found.proven[1]:
@@ -175,27 +177,27 @@ def test_float32_proof_accounts_for_float32_rounding() -> None:
     layer = dense_layer(torch.rand(50, 50) / 40, "tanh")
     b = torch.rand(5, 50) + 0.1
     exact = truth(layer, b)
-    found = verify(layer, exact.float(), b, dtype=torch.float32)
+    found = enclose(layer, exact.float(), b, proof_dtype=torch.float32)
     assert found.proven.all()
     assert ((found.lower.double() <= exact) & (exact <= found.upper.double())).all()
     with pytest.raises(Refusal, match="float64"):
-        verify(layer, exact, b, dtype=torch.bfloat16)
+        enclose(layer, exact, b, proof_dtype=torch.bfloat16)
     conv = PositiveConcaveConv2d(2, 2, injection="given")
     image = torch.rand(1, 2, 4, 4) + 0.1
     exact_image = long_picard(trace(conv.cell), image)
-    found = verify(conv, exact_image.float(), image, dtype=torch.float32)
+    found = enclose(conv, exact_image.float(), image, proof_dtype=torch.float32)
     assert found.proven.all(), "an unfolded convolution is a plain sum in float32 too"
     assert ((found.lower.double() <= exact_image) & (exact_image <= found.upper.double())).all()
     grouped = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False), Inject(), torch.nn.Tanh())
     with torch.no_grad():
         grouped[0].weight.abs_()
     with pytest.raises(Refusal, match="float64"):
-        verify(grouped, image, image, dtype=torch.float32)
+        enclose(grouped, image, image, proof_dtype=torch.float32)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with pytest.raises(Refusal, match="cannot be bounded"):
-            verify(layer, exact, b, dtype=torch.float32)
+            enclose(layer, exact, b, proof_dtype=torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -203,11 +205,11 @@ def test_float32_proof_accounts_for_float32_rounding() -> None:
 def test_refusals_and_shapes() -> None:
     b = torch.rand(2, 3) + 0.1
     with pytest.raises(Refusal, match="nonnegative"):
-        verify(dense_layer(-torch.eye(3), "tanh"), b, b)
+        enclose(dense_layer(-torch.eye(3), "tanh"), b, b)
     with pytest.raises(ValueError, match="shape"):
-        verify(dense_layer(torch.eye(3), "tanh"), b[:1], b)
+        enclose(dense_layer(torch.eye(3), "tanh"), b[:1], b)
     with pytest.raises(ValueError, match="positive"):
-        verify(dense_layer(torch.eye(3), "tanh"), b, b * 0)
+        enclose(dense_layer(torch.eye(3), "tanh"), b, b * 0)
 
 
 @pytest.mark.parametrize("width", [3, 100, 1000])
@@ -223,7 +225,7 @@ def test_rounding_is_accounted_for_in_closed_form(width: int) -> None:
         point = (exact * (1 + ulps * torch.finfo(torch.float32).eps)).float()
         with torch.no_grad():
             zero, value = chain(torch.zeros_like(b), b), chain(point, b)
-        found = prove(Evaluated(zero, point, value, point, value), rounding)
+        found = prove(Evaluated(at_zero=zero, p=point, at_p=value, q=point, at_q=value), rounding)
         inside = (found.lower.double() <= exact) & (exact <= found.upper.double())
         assert inside[found.proven].all()
 
@@ -284,11 +286,11 @@ def test_what_a_precision_does_not_hold_is_not_verified_in_it() -> None:
     layer = dense_layer(torch.tensor([[0.0, 1e-46], [0.0, 0.0]], dtype=torch.float64), "relu")
     b = torch.tensor([[1e-8, 1e38]], dtype=torch.float64)
     for injection in (b, b.float()):
-        with pytest.raises(Refusal, match=r"float32 does not hold numbers of .*float64; verify in float64"):
-            verify(layer, b, injection, dtype=torch.float32)
+        with pytest.raises(Refusal, match=r"float32 does not hold numbers of .*float64; use float64"):
+            enclose(layer, b, injection, proof_dtype=torch.float32)
     with pytest.raises(Refusal, match="does not hold"):
-        verify(dense_layer(torch.eye(2) / 2, "relu"), b, b, dtype=torch.float32)
-    found = verify(layer, b, b)
+        enclose(dense_layer(torch.eye(2) / 2, "relu"), b, b, proof_dtype=torch.float32)
+    found = enclose(layer, b, b)
     assert found.proven.all()
     assert float(found.lower[0, 0]) > 1.9999e-8
 
@@ -314,11 +316,11 @@ def test_nothing_is_proven_while_subnormal_numbers_count_as_zero(flushing, dtype
     layer, x = dense_layer(matrix, "relu"), torch.tensor([b], dtype=dtype)
     assert "subnormal" in layer.certificate().refusal
     with pytest.raises(Refusal, match="subnormal"):
-        verify(layer, x, x)
+        enclose(layer, x, x)
     with pytest.raises(Refusal, match="subnormal"):
         propagate(torch.nn.ReLU(), Interval(x, x))
     chain = trace(layer.cell)
-    for solver in (Auto(), Picard(), Anderson(), MonotoneNewton(), Broyden()):
+    for solver in (Auto(), Picard(), Anderson(), Newton(), Broyden()):
         layer.solver = solver
         assert not layer.solve(x).certified
         for posed in (FixedPointProblem(chain, x, proven=True), FixedPointProblem(chain, x, contracts=True)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perron.cells import Activate, Inject, trace
 from perron.constraints import MonotoneOperator, monotone_operator
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
-from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, MonotoneNewton, OperatorSplitting, Picard
+from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, OperatorSplitting, Picard
 from perron.solvers.adjoint import _MonotoneProof
 from perron.solvers.splitting import ForwardBackward
 from perron.theory import gain, margin, monotonicity
@@ -145,7 +145,7 @@ def test_the_bound_in_closed_form() -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    [kind(max_steps=4000) for kind in (Auto, Picard, Anderson, Broyden, MonotoneNewton)],
+    [kind(max_steps=4000) for kind in (Auto, Picard, Anderson, Broyden, Newton)],
     ids=lambda s: type(s).__name__,
 )
 def test_every_solver_gets_there(solver) -> None:
@@ -161,17 +161,17 @@ def test_every_solver_gets_there(solver) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["peaceman_rachford", "forward_backward"])
-@pytest.mark.parametrize("verify", [torch.float64, None])
+@pytest.mark.parametrize("dtype", [torch.float64, None])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "identity"])
-def test_splitting_chosen_by_hand(scheme: str, verify: torch.dtype | None, activation: str) -> None:
+def test_splitting_chosen_by_hand(scheme: str, dtype: torch.dtype | None, activation: str) -> None:
     weight = random_weight(0, 8, 0.5, 0.8)
-    solver = OperatorSplitting(scheme=scheme, max_steps=4000, verify=verify)
+    solver = OperatorSplitting(scheme=scheme, max_steps=4000, proof_dtype=dtype)
     cell = layer(weight, activation, solver=solver)
     assert gain(trace(cell.cell)) > 1
     b = torch.randn(16, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     solution = cell.solve(b)
     assert solution.converged.all()
-    assert solution.certified == (verify is not None)
+    assert solution.certified == (dtype is not None)
     torch.testing.assert_close(solution.value, exact(weight, activation, b), rtol=1e-3, atol=1e-3)
     assert cell.solve(b[:0]).value.shape == (0, 8)
 
@@ -181,7 +181,7 @@ def test_one_forward_backward_step() -> None:
     weight, b, z = random_weight(0, 4, 0.5, 0.8), torch.randn(3, 4).double(), torch.rand(3, 4).double()
     problem = FixedPointProblem(trace(layer(weight, "relu").cell), b, contracts=True)
     step = ForwardBackward(problem, 0.2)
-    torch.testing.assert_close(step.plain(z), torch.relu(z - 0.2 * (z - z @ weight.t() - b)))
+    torch.testing.assert_close(step.next_auxiliary(z), torch.relu(z - 0.2 * (z - z @ weight.t() - b)))
     default = ForwardBackward(problem, None).size
     eye = torch.eye(4, dtype=torch.float64)
     assert default <= 0.8 / float(torch.linalg.matrix_norm(eye - weight, 2)) ** 2
@@ -236,7 +236,7 @@ def test_training_keeps_the_certificate() -> None:
         optimizer.zero_grad()
         (cell(torch.randn(8, 4)) - 1).square().mean().backward()
         optimizer.step()
-        assert cell.certificate().kind in ("monotone", "bounded gain")
+        assert cell.certificate().kind in ("monotone operator", "bounded gain")
         assert cell.solve(torch.randn(8, 4)).certified
 
 
@@ -308,7 +308,7 @@ def test_the_convolution_as_a_matrix(size: tuple[int, int], kernel_size: int) ->
     v = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(step.linear(v).flatten(1), v.flatten(1) @ weight.t())
     torch.testing.assert_close(step.transpose(v, v.shape).flatten(1), v.flatten(1) @ weight)
-    torch.testing.assert_close(step.plainly().linear(v), step.linear(v))
+    torch.testing.assert_close(step.rigorous().linear(v), step.linear(v))
     # The margin is in the form; what bounds |W| does.
     symmetric = torch.eye(len(weight), dtype=torch.float64) - (weight + weight.t()) / 2
     assert float(torch.linalg.eigvalsh(symmetric)[0]) >= margin(chain) - 1e-12
@@ -459,9 +459,9 @@ def test_margins_of_weights_that_overflow_are_refused(entry: float) -> None:
 @pytest.mark.parametrize("margin", [math.nan, math.inf, 0.0, -1.0])
 def test_margins_of_convolutions_that_were_assigned_are_checked(margin: float) -> None:
     layer = MonotoneConv2d(1, 2)
-    assert layer.certificate().kind == "monotone"
+    assert layer.certificate().kind == "monotone operator"
     layer.recurrent.margin = margin
-    assert layer.certificate().kind != "monotone"
+    assert layer.certificate().kind != "monotone operator"
 
 
 @pytest.mark.parametrize("weight", [-3.0, -0.5, 0.5, 0.99])

@@ -12,7 +12,7 @@ def test_only_what_is_proven_counts_as_certified() -> None:
     solution = layer.last_solution
     assert solution is not None
     assert certified_errors(solution).isfinite().all()
-    estimate = replace(solution, precision=None)
+    estimate = replace(solution, proof_dtype=None)
     assert estimate.error_bound.isfinite().all()
     assert certified_errors(estimate).isinf().all()
     partly = replace(solution, proven=torch.tensor([True, False, True]))

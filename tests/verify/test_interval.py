@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perron.cells import Activate, Chain, Inject, Normalize, Refusal, trace
-from perron.models import PositiveConcaveConvNet, PositiveConcaveLinearNet, RivalConvNet, RivalNet
+from perron.models import BaselineConvNet, BaselineNet, PositiveConcaveConvNet, PositiveConcaveLinearNet
 from perron.nn import (
     Equilibrium,
     MonotoneLinear,
-    PlainLinear,
     PositiveConcaveLinear,
     SubhomogeneousLinear,
+    UnconstrainedLinear,
     VariationalDropout,
 )
 from perron.solvers import Auto
@@ -28,11 +28,11 @@ NETS = [
     (PositiveConcaveLinearNet(64, 10, width=12, activation="sigmoid"), (1, 8, 8)),
     (PositiveConcaveConvNet(1, 10, widths=(3, 4), image_size=8), (1, 8, 8)),
     (nn.Sequential(nn.Linear(5, 6), nn.ReLU(), PositiveConcaveLinear(6, 7), nn.Linear(7, 3)), (5,)),
-    (RivalNet("subdeq-nonnegative", 64, 10, width=12), (1, 8, 8)),
-    (RivalNet("subdeq-bounded", 64, 10, width=12), (1, 8, 8)),
-    (RivalNet("mondeq", 64, 10, width=12), (1, 8, 8)),
-    (RivalConvNet("mondeq", 1, 10, widths=[3], image_size=8), (1, 8, 8)),
-    (RivalConvNet("subdeq-nonnegative", 1, 10, widths=[3], image_size=8), (1, 8, 8)),
+    (BaselineNet("subdeq-nonnegative", 64, 10, width=12), (1, 8, 8)),
+    (BaselineNet("subdeq-bounded", 64, 10, width=12), (1, 8, 8)),
+    (BaselineNet("mondeq", 64, 10, width=12), (1, 8, 8)),
+    (BaselineConvNet("mondeq", 1, 10, widths=[3], image_size=8), (1, 8, 8)),
+    (BaselineConvNet("subdeq-nonnegative", 1, 10, widths=[3], image_size=8), (1, 8, 8)),
 ]
 
 
@@ -126,9 +126,9 @@ def test_positive_concave_boxes_in_closed_form(weight, activation: str, radius: 
         ([[0.75]], "bounded gain", [1.0]),
         ([[0.3, 0.4], [0.2, 0.5]], "bounded gain", [1.0, 1.0]),
         ([[0.3, -0.4], [-0.2, 0.5]], "bounded gain", [1.0, -1.0]),
-        ([[-3.0]], "monotone", [1.0]),
-        ([[-3.0, 0.0], [0.0, -3.0]], "monotone", [1.0, 0.0]),
-        ([[-4.0, 1.0], [1.0, -4.0]], "monotone", [1.0, 0.0]),
+        ([[-3.0]], "monotone operator", [1.0]),
+        ([[-3.0, 0.0], [0.0, -3.0]], "monotone operator", [1.0, 0.0]),
+        ([[-4.0, 1.0], [1.0, -4.0]], "monotone operator", [1.0, 0.0]),
     ],
 )
 def test_shift_of_the_fixed_point_in_closed_form(weight, kind: str, shape: list[float], radius: float) -> None:
@@ -264,7 +264,7 @@ def test_injections_outside_of_the_domain_have_no_bounds() -> None:
     assert box.lower[1].isnan().all()
     assert box.upper[1].isnan().all()
     with pytest.raises(Refusal, match="not certified"):
-        propagate(PlainLinear(5, 5, initial_radius=9.0, **EXACT), Interval(b, b))
+        propagate(UnconstrainedLinear(5, 5, initial_radius=9.0, **EXACT), Interval(b, b))
 
 
 def test_dropout_in_a_cell_is_refused_in_training_only() -> None:
@@ -493,7 +493,7 @@ def test_batch_norms_that_cannot_be_read() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("radius", [0.0, 1e-12, 0.7])
-def test_monotone_modules_are_bounded_by_their_ends(module: nn.Module, radius: float) -> None:
+def test_nondecreasing_modules_are_bounded_by_their_ends(module: nn.Module, radius: float) -> None:
     dims = int(type(module).__name__[-2]) if "Pool" in type(module).__name__ else 2
     x = 3 * torch.randn(4, 3, *[9] * dims).double()
     box = box_around(x, radius)
@@ -579,7 +579,7 @@ def test_the_domain_of_a_proof() -> None:
         (nn.Flatten(0), (3, 4), "flattens the batch"),
         (nn.Flatten(-3), (3, 4), "flattens the batch"),
         (nn.Unflatten(0, (2, 1)), (3,), "unflattens the batch"),
-        (nn.LeakyReLU(-0.1), (3,), "not monotone"),
+        (nn.LeakyReLU(-0.1), (3,), "not nondecreasing"),
         (nn.Softplus(beta=-1.0), (3,), "beta"),
         (nn.GELU(), (3,), "is a GELU, which is not known"),
         (nn.Conv1d(3, 2, 3, padding=1, padding_mode="circular"), (3, 4), "padding_mode"),

@@ -144,12 +144,16 @@ class Chain:
             tuple(s.rebind([next(rest) for _ in s.tensors]) if isinstance(s, AffineStep) else s for s in self.steps)
         )
 
+    def with_kept(self, z: Tensor, injection: Tensor) -> Chain:
+        """Itself: a chain holds all that it was read from."""
+        return self
+
     def to(self, dtype: torch.dtype) -> Chain:
         return self.rebind([t.to(dtype) for t in self.tensors])
 
-    def plainly(self) -> Chain | None:
-        """The same map with plain sums, to which `rounding` applies; None if that precision offers none here."""
-        steps = [s.plainly() if isinstance(s, AffineStep) else s for s in self.known]
+    def rigorous(self) -> Chain | None:
+        """The same map with rigorous sums, to which `rounding` applies; None if that precision offers none here."""
+        steps = [s.rigorous() if isinstance(s, AffineStep) else s for s in self.known]
         return None if any(s is None for s in steps) else Chain(tuple(s for s in steps if s is not None))
 
     def at_zero(self, injection: Tensor) -> Tensor:
@@ -227,7 +231,7 @@ class Chain:
         return math.inf if self.last_activation is None else self.last_activation.supremum
 
     def rounding(self, dtype: torch.dtype, entries: int = 2**24) -> Rounding:
-        """Rounding error of one evaluation of this chain in `dtype`, with plain sums, on at most so many entries."""
+        """Rounding error of one evaluation of this chain in `dtype`, with rigorous sums, on at most so many entries."""
         relative, absolute, tiny = 0.0, torch.zeros((), dtype=torch.float64), torch.finfo(dtype).tiny
         for k, step in enumerate(self.known):
             if isinstance(step, AffineStep):

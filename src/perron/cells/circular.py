@@ -90,7 +90,7 @@ class MonotoneConvolutionStep(AffineStep):
 
     Attributes:
         identity: c, exact in the precision of the weights, so that every precision multiplies with the same number.
-        unfolded: whether the convolutions are evaluated as plain matrix products.
+        unfolded: whether the convolutions are evaluated as matrix products.
         absolute: whether it stands for |c| I + |K|^T |K| + |S| instead, which bounds |A|.
     """
 
@@ -175,8 +175,8 @@ class MonotoneConvolutionStep(AffineStep):
         image.index_add_(2, (row[:, None] * columns + column).flatten(), kernel.flatten(2))
         return torch.fft.rfft2(image.view(*kernel.shape[:2], rows, columns)).permute(2, 3, 0, 1)
 
-    def plainly(self) -> AffineStep | None:
-        if super().plainly() is None:
+    def rigorous(self) -> AffineStep | None:
+        if super().rigorous() is None:
             return None
         if self.weights[0].device.type == "cpu":
             return replace(self, unfolded=True)

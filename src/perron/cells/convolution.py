@@ -18,13 +18,13 @@ from perron.cells.step import AffineStep, Refusal, largest
 
 __all__ = ["ConvolutionStep", "convolution_step", "sides"]
 
-# Bytes of unfolded input that a plain convolution works on at a time: about a core's second-level cache.
+# Bytes of unfolded input that an unfolded convolution works on at a time: about a core's second-level cache.
 _PATCH_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class ConvolutionStep(AffineStep):
-    """A is a convolution with zero padding. `unfolded` evaluates it as a plain matrix product (CPU, one group)."""
+    """A is a convolution with zero padding. `unfolded` evaluates it as a matrix product (CPU, one group)."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -70,7 +70,7 @@ class ConvolutionStep(AffineStep):
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
         arguments = (v, self.weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
         if v.is_cuda and v.dtype == torch.float64:
-            # cuDNN may choose transforms that break the rounding bound; the native path is a plain product.
+            # cuDNN may choose transforms that break the rounding bound; the native path is a sum of products.
             with torch.backends.cudnn.flags(enabled=False):
                 return conv(*arguments)
         return conv(*arguments)
@@ -132,8 +132,8 @@ class ConvolutionStep(AffineStep):
         of_weight = gradient(v, self.weights[0].shape, y, self.stride, self.padding, self.dilation, self.groups)
         return (of_weight, *self._bias_gradient(y))
 
-    def plainly(self) -> AffineStep | None:
-        if super().plainly() is None:
+    def rigorous(self) -> AffineStep | None:
+        if super().rigorous() is None:
             return None
         weight = self.weights[0]
         if weight.device.type == "cpu" and self.groups == 1:

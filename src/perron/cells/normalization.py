@@ -42,7 +42,7 @@ class Normalize(nn.Module):
 
 @dataclass(frozen=True)
 class NormalizeStep:
-    """v -> v / ||v||_p: not monotone, so no step of a positive concave cell."""
+    """v -> v / ||v||_p: not nondecreasing, so no step of a positive concave cell."""
 
     p: float
     dim: int | None

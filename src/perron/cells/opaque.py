@@ -160,6 +160,9 @@ class OneSystem:
     def rebind(self, tensors: Sequence[Tensor]) -> OneSystem:
         return replace(self, map=self.map.rebind(tensors))
 
+    def with_kept(self, z: Tensor, injection: Tensor) -> OneSystem:
+        return replace(self, map=self.map.with_kept(z[0], injection[0]))
+
     def select(self, index: Tensor) -> OneSystem:
         return self if self.scale is None else replace(self, scale=self.scale[index])
 

@@ -1,6 +1,6 @@
 """Affine steps of a cell, v -> A v + c: each with its transpose, its gradient and what the proofs need of it.
 
-`plainly()` gives the step in a form whose sums are plain sums of products, each product once, in whatever order: only
+`rigorous()` gives the step in a form whose sums are rigorous sums of products, each product once, in whatever order: only
 such sums obey the rounding bound of `perron._numerics.rounding`. Libraries may compute convolutions by transforms, which cancel.
 """
 
@@ -157,7 +157,7 @@ class AffineStep(ABC):
         return math.inf
 
     def over(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of A v + c for lower <= v <= upper, rounding included: |A| acts on the radius. For float64, plain sums."""
+        """Bounds of A v + c for lower <= v <= upper, rounding included: |A| acts on the radius. For float64, rigorous sums."""
         centre = (lower + upper) / 2
         # Rounded up: the box must stay inside centre +/- radius.
         radius = torch.maximum(upper - centre, centre - lower) * (1 + 1e-15)
@@ -186,8 +186,8 @@ class AffineStep(ABC):
             return ()
         return (y.sum([0, *range(2, y.dim())]),)
 
-    def plainly(self) -> AffineStep | None:
-        """A step with plain sums in the precision of its tensors, or None if this device offers none."""
+    def rigorous(self) -> AffineStep | None:
+        """A step with rigorous sums in the precision of its tensors, or None if this device offers none."""
         # On other devices float32 products may be computed with shorter mantissas.
         dtype = self.tensors[0].dtype if self.tensors else torch.float64
         exact = dtype == torch.float64 or (
@@ -239,6 +239,13 @@ class Map(Protocol):
     def tensors(self) -> tuple[Tensor, ...]: ...
 
     def rebind(self, tensors: Sequence[Tensor]) -> Map: ...
+
+    def with_kept(self, z: Tensor, injection: Tensor) -> Map:
+        """The same map, whose `tensors` are all that f needs a gradient for.
+
+        Raises:
+            ValueError: f depends on another tensor that requires a gradient, which would be lost.
+        """
 
     def __call__(self, z: Tensor, injection: Tensor) -> Tensor: ...
 

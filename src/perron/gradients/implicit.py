@@ -19,63 +19,56 @@ from torch import Tensor
 from perron._numerics.rounding import flushes_subnormals
 from perron._numerics.transforms import VmapInfo, fold_vmap, refuse_nested_forward_mode
 from perron.cells.chain import Chain
-from perron.cells.opaque import OneSystem, Opaque
-from perron.cells.step import Map
-from perron.problem import FixedPointProblem, Structure
+from perron.gradients.base import Gradient, Pose
+from perron.problem import Cell, Structure
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
 from perron.solvers.base import Solver
 
-__all__ = ["Cell", "fixed_point"]
+__all__ = ["Implicit"]
 
 
-Cell = Chain | Opaque | OneSystem
+@dataclass(frozen=True)
+class Implicit(Gradient):
+    """The derivatives of the exact fixed point, to the tolerance of the solver, with a bound where one is known.
 
-
-def fixed_point(
-    map: Cell,
-    injection: Tensor,
-    solver: Solver,
-    *,
-    pose: Callable[[Cell, Tensor], FixedPointProblem],
-    z0: Tensor | None = None,
-    on_adjoint: Callable[[AdjointSolution], None] | None = None,
-) -> tuple[Tensor, Solution]:
-    """Solve, and attach the implicit derivatives to the value.
-
-    Args:
-        map: the cell; its tensors receive gradients where they require them.
-        injection: (batch, ...) b, likewise.
-        solver: solves the fixed point; its `tol`, `max_steps` and `on_failure` also rule the linear equations.
-        pose: the problem, with what is known of the map and the injection; called with plain tensors, also where
-            torch.func transforms the ones given here.
-        z0: a first guess.
-        on_adjoint: called in each backward pass with how the adjoint was solved.
-
-    Returns:
-        (value, solution): the value with its derivatives, the Solution detached. Under torch.func.vmap the Solution is
-        that of the whole batch, vmapped dimension first.
+    The solver's `tol`, `max_steps` and `on_failure` also rule the linear equations. Under torch.func.vmap the Solution is
+    that of the whole batch, vmapped dimension first.
 
     Raises:
         NotImplementedError: forward mode nested in forward mode.
+        ValueError: the cell depends on a tensor whose gradient would be lost.
     """
-    refuse_nested_forward_mode()
-    # The graph must not hang on the map's own tensors: they come back through saved_tensors.
-    run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, pose, on_adjoint)
-    value, _, _ = _FixedPoint.apply(run, z0, injection, *map.tensors)
-    # Weights under vmap are one problem each.
-    solution = Solution.joined(run.solutions)
-    run.solutions = []
-    return value, solution
+
+    def solve(
+        self,
+        map: Cell,
+        injection: Tensor,
+        solver: Solver,
+        *,
+        pose: Pose,
+        z0: Tensor | None = None,
+        on_adjoint: Callable[[AdjointSolution], None] | None = None,
+    ) -> tuple[Tensor, Solution]:
+        refuse_nested_forward_mode()
+        if torch.is_grad_enabled():
+            map = map.with_kept(torch.zeros_like(injection) if z0 is None else z0, injection)
+        # The graph must not hang on the map's own tensors: they come back through saved_tensors.
+        run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, pose, on_adjoint)
+        value, _, _ = _FixedPoint.apply(run, z0, injection, *map.tensors)
+        # Weights under vmap are one problem each.
+        solution = Solution.joined(run.solutions)
+        run.solutions = []
+        return value, solution
 
 
 @dataclass
 class _Run:
     """What the autograd functions of one call share."""
 
-    map: Map
+    map: Cell
     solver: Solver
-    pose: Callable[[Cell, Tensor], FixedPointProblem]
+    pose: Pose
     on_adjoint: Callable[[AdjointSolution], None] | None
     solutions: list[Solution] = field(default_factory=list)
     structure: Structure | None = None
@@ -90,7 +83,7 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(run: _Run, z0: Tensor | None, injection: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         map = run.map.rebind(tensors)
-        problem = run.pose(map, injection)  # type: ignore[arg-type]
+        problem = run.pose(map, injection)
         solution = run.solver.solve(problem) if z0 is None else run.solver.solve(problem, z0)
         run.solutions.append(solution.detach())
         value = solution.value.clone()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perron.cells.step import Map
+from perron.gradients.base import Gradient, Pose
+from perron.gradients.implicit import Implicit
+from perron.problem import Cell
+from perron.solution import AdjointSolution, Solution
+from perron.solvers.base import Solver
 
 __all__ = ["Phantom"]
 
 
-@dataclass(frozen=True)
-class Phantom:
+@dataclass(frozen=True, kw_only=True)
+class Phantom(Gradient):
     """Approximate gradients of a fixed point: those of so many damped steps z <- (1 - d) z + d f(z) from it.
 
-    No linear equation is solved, and no bound of the error is known. One undamped step is the Jacobian-free gradient.
+    No linear equation is solved, and no bound of the error is known. One undamped step is `JacobianFree`.
 
-    Sources: Geng, Zhang, Bai, Wang, Lin, "On training implicit models", NeurIPS 2021; Fung, Heaton, Li, McKenzie, Osher,
-    Yin, "JFB: Jacobian-free backpropagation for implicit networks", AAAI 2022.
+    Source: Geng, Zhang, Bai, Wang, Lin, "On training implicit models", NeurIPS 2021.
 
     Args:
         steps: at least 1; each is kept for the backward pass.
@@ -38,11 +42,25 @@ class Phantom:
                 f"steps must be at least 1 and damping in (0, 1], got steps={self.steps}, damping={self.damping}"
             )
 
-    def attach(self, map: Map, injection: Tensor, value: Tensor) -> Tensor:
+    def solve(
+        self,
+        map: Cell,
+        injection: Tensor,
+        solver: Solver,
+        *,
+        pose: Pose,
+        z0: Tensor | None = None,
+        on_adjoint: Callable[[AdjointSolution], None] | None = None,
+    ) -> tuple[Tensor, Solution]:
+        with torch.no_grad():
+            value, solution = Implicit().solve(map, injection, solver, pose=pose, z0=z0)
+        return self._attach(map, injection, value.detach()), solution
+
+    def _attach(self, map: Cell, injection: Tensor, value: Tensor) -> Tensor:
         """The value, unchanged, with these gradients with respect to the injection and the map's tensors."""
-        z = value.detach()
+        z = value
         for _ in range(self.steps):
             y = map(z, injection)
             z = y if self.damping == 1 else torch.lerp(z, y, self.damping)
         # The steps move the value by less than its error; what was proven is proven of the value itself.
-        return value.detach() + (z - z.detach())
+        return value + (z - z.detach())

@@ -28,7 +28,7 @@ from perron.infinite_width.matching import Match, MatchWarning, match_explicit
 from perron.infinite_width.mean_field import MeanField, mean_field
 from perron.infinite_width.mixture import GaussianMixture, MixtureSample, spectral_equivalent
 from perron.infinite_width.moments import Moments, gaussian_moments
-from perron.infinite_width.networks import ExplicitEquivalent, GaussianEquilibrium, compile_explicit
+from perron.infinite_width.networks import ExplicitEquivalent, GaussianEquilibrium, explicit_equivalent
 from perron.infinite_width.process import Prediction, Process
 from perron.infinite_width.state import EquilibriumState, UnstableError, solve_state
 
@@ -51,7 +51,7 @@ __all__ = [
     "UnstableError",
     "ck_coefficients",
     "clip_abs",
-    "compile_explicit",
+    "explicit_equivalent",
     "deep_classify",
     "deep_ntk",
     "depth_limit",

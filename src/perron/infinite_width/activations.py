@@ -1,6 +1,6 @@
 """Activations of random networks: any function of the line, with its kinks and the closed forms it has.
 
-`perron.activations` holds activations with the facts that proofs need; these here need not be monotone, and are centred
+`perron.activations` holds activations with the facts that proofs need; these here need not be nondecreasing, and are centred
 where they are used: phi = phi0 - E phi0(tau xi).
 """
 

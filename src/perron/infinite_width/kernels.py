@@ -178,7 +178,7 @@ def implicit_kernels(
     # Those of the fixed point are hardly larger; the bound below is of what they turn out to be.
     correlation = _correlation(gram)
     dual = Dual(state.phi, q, state.shift, correlation)
-    solver = Auto(tol=_TOL, max_steps=_STEPS, verify=None)
+    solver = Auto(tol=_TOL, max_steps=_STEPS, proof_dtype=None)
     steps, residual, ck, slopes = 0, 0.0, torch.empty_like(gram), torch.empty_like(gram)
     frozen = Dual(state.phi, q.detach(), state.shift.detach(), correlation) if q.requires_grad else dual
     cell = _Rows(frozen, state.sa.detach())

@@ -19,7 +19,7 @@ from perron.infinite_width.state import solve_state
 from perron.nn import Equilibrium
 from perron.solvers import Solver
 
-__all__ = ["ExplicitEquivalent", "GaussianEquilibrium", "compile_explicit"]
+__all__ = ["ExplicitEquivalent", "GaussianEquilibrium", "explicit_equivalent"]
 
 
 class _GaussianCell(nn.Module):
@@ -166,7 +166,7 @@ class ExplicitEquivalent(nn.Module):
         return f"{self.in_features}, {self.width}, {list(self.activations)}, tau0={self.tau0:g}"
 
 
-def compile_explicit(
+def explicit_equivalent(
     layer: nn.Module,
     data: Tensor,
     *,

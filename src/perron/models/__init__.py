@@ -1,14 +1,14 @@
 """Reference networks, one file a family."""
 
-from perron.models.positive_concave import PRESETS, PositiveConcaveConvNet, PositiveConcaveLinearNet
-from perron.models.rivals import (
+from perron.models.baselines import (
     CONVOLUTIONAL_CORES,
     CORES,
-    RivalConvNet,
-    RivalNet,
+    BaselineConvNet,
+    BaselineNet,
     matched_width,
     parameter_count,
 )
+from perron.models.positive_concave import PRESETS, PositiveConcaveConvNet, PositiveConcaveLinearNet
 from perron.models.subhomogeneous import SubhomogeneousConvNet, SubhomogeneousLinearNet
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "PRESETS",
     "PositiveConcaveConvNet",
     "PositiveConcaveLinearNet",
-    "RivalConvNet",
-    "RivalNet",
+    "BaselineConvNet",
+    "BaselineNet",
     "SubhomogeneousConvNet",
     "SubhomogeneousLinearNet",
     "matched_width",

@@ -8,13 +8,11 @@ from perron.cells.injection import Inject
 from perron.cells.low_rank import DiagonalLowRank
 from perron.cells.normalization import Normalize
 from perron.cells.sparse import SparseLinear
-from perron.gradients.phantom import Phantom
 from perron.nn import penalties
 from perron.nn.equilibrium import Equilibrium
 from perron.nn.graph import GraphEquilibrium
 from perron.nn.monotone import MonotoneConv2d, MonotoneLinear
 from perron.nn.ode import NeuralODE
-from perron.nn.plain import PlainConv2d, PlainLinear
 from perron.nn.positive_concave import (
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
@@ -27,14 +25,15 @@ from perron.nn.subhomogeneous import (
     SubhomogeneousConv3d,
     SubhomogeneousLinear,
 )
+from perron.nn.unconstrained import UnconstrainedConv2d, UnconstrainedLinear
 
 reading.layers(
     Equilibrium,
     GraphEquilibrium,
     MonotoneConv2d,
     MonotoneLinear,
-    PlainConv2d,
-    PlainLinear,
+    UnconstrainedConv2d,
+    UnconstrainedLinear,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
@@ -56,9 +55,8 @@ __all__ = [
     "MonotoneLinear",
     "NeuralODE",
     "Normalize",
-    "Phantom",
-    "PlainConv2d",
-    "PlainLinear",
+    "UnconstrainedConv2d",
+    "UnconstrainedLinear",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
     "PositiveConcaveConv3d",

@@ -18,18 +18,18 @@ from perron.cells.chain import Chain
 from perron.cells.dropout import VariationalDropout
 from perron.cells.opaque import OneSystem, Opaque, as_cell, check_independent
 from perron.cells.trace import as_map
-from perron.gradients.implicit import Cell, fixed_point
-from perron.gradients.phantom import Phantom
-from perron.solvers import AdjointSolution, Auto, FixedPointProblem, Solution, Solver
+from perron.gradients import Gradient, Implicit
+from perron.problem import Cell, FixedPointProblem
+from perron.solution import AdjointSolution, Solution
+from perron.solvers import Auto, Solver
 from perron.theory.certificate import Certificate, refused
 from perron.theory.certify import contracting, either
 from perron.theory.enclosure import check_injection
 from perron.theory.positive_concave import derive
 
-__all__ = ["Equilibrium", "Gradient", "Injection", "Start", "State", "positive_injection"]
+__all__ = ["Equilibrium", "Injection", "Start", "State", "positive_injection"]
 
 Injection = Literal["softplus", "relu", "given", "free"]
-Gradient = Literal["implicit", "jacobian_free"] | Phantom
 Start = Tensor | float | Callable[[Tensor], Tensor]
 
 SOFTPLUS_BETA = 5.0
@@ -42,7 +42,7 @@ SMALLEST_INJECTION = 2.0**-123
 
 
 def positive_injection(b: Tensor, injection: Injection) -> Tensor:
-    """Softplus or relu of b, monotone in it; "given" and "free" change nothing."""
+    """Softplus or relu of b, nondecreasing in it; "given" and "free" change nothing."""
     if injection == "softplus":
         return F.softplus(b, SOFTPLUS_BETA, SOFTPLUS_THRESHOLD).clamp_min(SMALLEST_INJECTION)
     return F.relu(b) if injection == "relu" else b
@@ -77,12 +77,12 @@ class Equilibrium(nn.Module):
             works in the precision of the input.
         injection: how the layer's input becomes b: "softplus" (beta = 5, floored at 2^-123, so b > 0), "relu" (b >= 0)
             "given" (the input is b, checked nonnegative, and positive where sigma(0) = 0, if the cell is positive concave)
-            or "free" (the input is b, of any sign: only "bounded gain" and "monotone" cells are certified for that).
+            or "free" (the input is b, of any sign: only "bounded gain" and "monotone operator" cells are certified for that).
         solver: default `Auto()`.
         warm_start: 0, or how much of the moving average of fixed points is kept in a training step; solves then start
             from that average.
-        gradient: "implicit" (exact to the solver's tolerance, with a bound), "jacobian_free" or `Phantom(steps, damping)`:
-            cheaper, a descent direction at best, without a bound.
+        gradient: of `perron.gradients`; None for `Implicit()`, exact to the solver's tolerance and with a bound.
+            `JacobianFree()` and `Phantom(...)` are cheaper, a descent direction at best, without a bound.
         z0: where solves start if `forward` is not told and no average is kept: a number, a tensor that broadcasts to one
             state, or a function of the injection (batch, ...); None for zero. It changes the cost but not what is proven;
             where f has several fixed points, it chooses. A start to which f does not come back from near by (a trivial
@@ -118,7 +118,7 @@ class Equilibrium(nn.Module):
         injection: Injection = "given",
         solver: Solver | None = None,
         warm_start: float = 0.0,
-        gradient: Gradient = "implicit",
+        gradient: Gradient | None = None,
         z0: Start | None = None,
         independent: bool = False,
     ) -> None:
@@ -132,7 +132,7 @@ class Equilibrium(nn.Module):
         self.solver: Solver = Auto() if solver is None else solver
         self.last_solution: Solution | None = None
         self.warm_start = warm_start
-        self.gradient = gradient
+        self.gradient = Implicit() if gradient is None else gradient
         self.independent = independent
         self._observers: list[Callable[[State], None]] = []
         # The modes of the cell's modules in which it was seen to treat every sample by itself.
@@ -164,8 +164,10 @@ class Equilibrium(nn.Module):
 
     @gradient.setter
     def gradient(self, gradient: Gradient) -> None:
-        if gradient not in ("implicit", "jacobian_free") and not isinstance(gradient, Phantom):
-            raise ValueError(f"gradient must be 'implicit', 'jacobian_free' or a Phantom, got {gradient!r}")
+        if not isinstance(gradient, Gradient):
+            raise TypeError(
+                f"gradient must be an object of perron.gradients, Implicit(), JacobianFree() or Phantom(...), got {gradient!r}"
+            )
         self._gradient = gradient
 
     def forward(self, x: Tensor, *, z0: Tensor | None = None) -> Tensor:
@@ -184,22 +186,11 @@ class Equilibrium(nn.Module):
     @torch.compiler.disable  # type: ignore[misc]
     def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
         """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
-        exact, guess = self.gradient == "implicit", self._guess(b, z0)
-        if exact and isinstance(map, Opaque) and torch.is_grad_enabled():
-            map = map.with_kept(torch.zeros_like(b) if guess is None else guess, b)
-        posed = _Posed.of(map, b, guess)
+        posed = _Posed.of(map, b, self._guess(b, z0))
         recorder = _Recorder(self, posed)
-        value, solution = fixed_point(
-            posed.map if exact else posed.map.rebind([t.detach() for t in map.tensors]),
-            posed.injection if exact else posed.injection.detach(),
-            self.solver,
-            pose=self._pose,
-            z0=posed.z0,
-            on_adjoint=recorder,
+        value, solution = self.gradient.solve(
+            posed.map, posed.injection, self.solver, pose=self._pose, z0=posed.z0, on_adjoint=recorder
         )
-        if not exact:
-            phantom = self.gradient if isinstance(self.gradient, Phantom) else Phantom(1, 1.0)
-            value = phantom.attach(posed.map, posed.injection, value)
         recorder.expect(self._remember(posed.reported(solution)))
         for observe in self._observers:
             observe(State(posed.map, posed.injection, value))
@@ -262,7 +253,7 @@ class Equilibrium(nn.Module):
     def derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
         """The certificate, and whether it needs b > 0 rather than b >= 0."""
         if not isinstance(map, Chain):
-            return Certificate(False, False, False, "none", refusal=reason), False
+            return Certificate(exists=False, unique=False, geometric=False, kind="none", refusal=reason), False
         concave, positive = self._derive_concave(map)
         if concave:
             return concave, positive

@@ -64,12 +64,12 @@ class MonotoneLinear(_Monotone):
         input (batch, in_features), output (batch, features).
 
     Raises:
-        ValueError: wrong shape, inconsistent options, an activation that is not known to be monotone and nonexpansive.
+        ValueError: wrong shape, inconsistent options, an activation that is not known to be nondecreasing and nonexpansive.
         TypeError: the input is not floating point, or more precise than the layer.
 
     >>> layer = MonotoneLinear(4, 8)
     >>> layer.certificate().kind
-    'monotone'
+    'monotone operator'
     >>> layer.solve(torch.randn(16, 4)).certified
     True
     """

@@ -1,4 +1,4 @@
-"""Neural ODE blocks, as rivals of equilibrium layers: z(1) of dz/dt = f(z), z(0) = x. Needs perron[ode].
+"""Neural ODE blocks, as baselines of equilibrium layers: z(1) of dz/dt = f(z), z(0) = x. Needs perron[ode].
 
 Sources: Chen et al., "Neural ordinary differential equations", NeurIPS 2018 (arXiv 1806.07366); Dupont et al., "Augmented
 neural ODEs", NeurIPS 2019 (arXiv 1904.01681). The solver is torchdiffeq's Dormand-Prince with adaptive steps.

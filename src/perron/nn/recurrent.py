@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from perron.nn.equilibrium import Equilibrium, Gradient, Injection
+from perron.gradients import Gradient
+from perron.nn.equilibrium import Equilibrium, Injection
 from perron.solvers import Solver
 
 __all__ = ["InputMode", "Recurrent", "convolutional_maps", "linear_maps"]
@@ -77,7 +78,7 @@ class Recurrent(Equilibrium):
         mode: InputMode,
         positivity: Injection,
         solver: Solver | None,
-        gradient: Gradient = "implicit",
+        gradient: Gradient | None = None,
     ) -> None:
         if mode not in ("inside", "pre", "given"):
             raise ValueError(f"injection must be 'inside', 'pre' or 'given', got {mode!r}")

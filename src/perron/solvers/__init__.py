@@ -8,7 +8,7 @@ from perron.solvers.auto import Auto
 from perron.solvers.base import ConvergenceError, ConvergenceWarning, IterativeSolver, Solver
 from perron.solvers.broyden import Broyden
 from perron.solvers.compiled import Compiled
-from perron.solvers.newton import MonotoneNewton
+from perron.solvers.newton import Newton
 from perron.solvers.operator_splitting import OperatorSplitting
 from perron.solvers.picard import Picard
 
@@ -23,7 +23,7 @@ __all__ = [
     "ConvergenceWarning",
     "FixedPointProblem",
     "IterativeSolver",
-    "MonotoneNewton",
+    "Newton",
     "OperatorSplitting",
     "Picard",
     "Solution",

@@ -41,13 +41,13 @@ __all__ = ["Accelerated", "Origin"]
 _PROOFS, _SEARCHES = 3, 2
 # Evaluations of the proof in fixed steps.
 _FIXED_PROOF = 2
-# Part of the tolerance that a plain step from an exact residual may cost.
-_PLAIN = 1 / 8
+# Part of the tolerance that an uncorrected step from an exact residual may cost.
+_UNCORRECTED = 1 / 8
 # Evaluations with which this is worth beginning; and that the smallest enclosure takes.
 _LEAST, _SMALLEST_PROOF = 6, 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where a solve begins: p = f(0) and f(p), (batch, ...) each, and the rank-one model of the cell, if it has one.
 
@@ -61,15 +61,15 @@ class Origin:
     base: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Accelerated(IterativeSolver):
     """A solver that takes the steps of `method` and proves what they found.
 
     Args:
-        precision: dtype of the steps before the proof, for instance torch.bfloat16; None for that of the layer.
+        step_dtype: dtype of the steps before the proof, for instance torch.bfloat16; None for that of the layer.
     """
 
-    precision: torch.dtype | None = None
+    step_dtype: torch.dtype | None = None
 
     @abstractmethod
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
@@ -81,7 +81,9 @@ class Accelerated(IterativeSolver):
 
     def successor(self, evaluations: int, problem: FixedPointProblem) -> IterativeSolver:
         """Who solves the samples that are left, in so many evaluations."""
-        return Picard(self.tol, evaluations, self.stop, self.verify, "ignore")
+        return Picard(
+            tol=self.tol, max_steps=evaluations, stop=self.stop, proof_dtype=self.proof_dtype, on_failure="ignore"
+        )
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         if self.contracts(problem):
@@ -89,7 +91,13 @@ class Accelerated(IterativeSolver):
         if not self.encloses(problem):
             return self._observe(problem, z0)
         if (self.steps is None and self.limit < _LEAST) or not problem.injection.numel():
-            return Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore").solve(problem, z0)
+            return Picard(
+                tol=self.tol,
+                max_steps=self.max_steps,
+                stop=self.stop,
+                proof_dtype=self.proof_dtype,
+                on_failure="ignore",
+            ).solve(problem, z0)
         proving = _Proving(self, problem, z0)
         found = proving.run()
         if self.steps is not None:
@@ -116,17 +124,17 @@ class _Proving:
     def __init__(self, solver: Accelerated, problem: FixedPointProblem, z0: Tensor | None) -> None:
         self.solver, self.problem, self.z0 = solver, problem, z0
         self.b = problem.injection
-        self.dtype = solver.proof_dtype(problem)
+        self.dtype = solver.dtype_of_proof(problem)
         self.exact = problem.to(self.dtype)
-        self.proving = solver.verify is not None
+        self.proving = solver.proof_dtype is not None
         if self.proving:
             assert isinstance(self.exact.map, Chain)
-            plain = self.exact.map.plainly()
-            assert plain is not None, "the precision was chosen for its plain sums"
-            self.exact = replace(self.exact, map=plain)
+            rigorous = self.exact.map.rigorous()
+            assert rigorous is not None, "the precision was chosen for its rigorous sums"
+            self.exact = replace(self.exact, map=rigorous)
         self.chain: Chain = self.exact.map  # type: ignore[assignment]
         self.rounding = self.chain.rounding(self.dtype)
-        self.low = problem.to(solver.precision or self.b.dtype)
+        self.low = problem.to(solver.step_dtype or self.b.dtype)
         # Farther points bound better what only long paths through W reach. In fixed steps there is one attempt only.
         self.orbit = 2 if solver.steps is None else min(3, max(2, solver.steps - 6))
         self.origin, self.slack = self._evaluate_origin()
@@ -146,22 +154,22 @@ class _Proving:
         p = self.at_zero.to(b.dtype)
         # Coarser steps than the layer's have rounded its weights and injections: they bound nothing of its map.
         exact = b.dtype == self.b.dtype
-        plain = (chain.plainly() if exact else None) if self.proving else chain
-        if plain is None:
-            plain, b, rounding = self.chain, self.exact.injection, self.rounding
+        rigorous = (chain.rigorous() if exact else None) if self.proving else chain
+        if rigorous is None:
+            rigorous, b, rounding = self.chain, self.exact.injection, self.rounding
         else:
-            rounding = plain.rounding(b.dtype)
-        at_p = last = plain(p.to(b.dtype), b)
+            rounding = rigorous.rounding(b.dtype)
+        at_p = last = rigorous(p.to(b.dtype), b)
         points = p.to(self.dtype)
         values = _below(self.at_zero, self.rounding) + _below(at_p.to(self.dtype), rounding)
         for _ in range(2, self.orbit):
-            last, before = plain(last, b), last
+            last, before = rigorous(last, b), last
             points = points + before.to(self.dtype)
             values = values + _below(last.to(self.dtype), rounding)
         # f(mean) >= the mean of f; `prove` takes its own margin from f(0) and from the sum.
         self.low_point, self.at_low_point = points / self.orbit, values / self.orbit
         slack = last.to(self.b.dtype).clamp_min(torch.finfo(self.b.dtype).tiny)
-        return Origin(p, at_p.to(p.dtype), Aggregation.of(chain, p), self.base.to(p.dtype)), slack
+        return Origin(p=p, at_p=at_p.to(p.dtype), model=Aggregation.of(chain, p), base=self.base.to(p.dtype)), slack
 
     def run(self) -> Solution:
         tol = self.solver.tol
@@ -199,7 +207,7 @@ class _Proving:
             start = torch.maximum(z0.to(origin.p), origin.p)
         fixed = self.solver.steps is not None
         left = room - _FIXED_PROOF if fixed else self.solver.patience(room - 1 - _SMALLEST_PROOF, origin)
-        rule = Rule(goal, slack, True, max(left, 1), fixed, climbs=True)
+        rule = Rule(tol=goal, slack=slack, ahead=True, limit=max(left, 1), fixed=fixed, climbs=True)
         found = iterate(problem, _Above(method, origin.p), start, rule)
         self._count(found.steps)
         return found
@@ -208,10 +216,10 @@ class _Proving:
         """The samples of `left`, from where they are, in the precision of the proof."""
         model = self.origin.model
         origin = Origin(
-            self.at_zero[left],
-            self.origin.at_p[left].to(self.dtype),
-            None if model is None else model.to(self.dtype),
-            self.base[left],
+            p=self.at_zero[left],
+            at_p=self.origin.at_p[left].to(self.dtype),
+            model=None if model is None else model.to(self.dtype),
+            base=self.base[left],
         )
         start = candidate[left]
         start = torch.where(per_sample(all_finite(start), start), start, origin.at_p)
@@ -226,7 +234,13 @@ class _Proving:
     def _nothing(self) -> Enclosure:
         lower = torch.zeros_like(self.exact.injection)
         unproven = torch.zeros(len(lower), dtype=torch.bool, device=lower.device)
-        return Enclosure(lower, lower + math.inf, unproven, self.dtype, lower.new_full((len(lower),), math.inf))
+        return Enclosure(
+            lower=lower,
+            upper=lower + math.inf,
+            proven=unproven,
+            proof_dtype=self.dtype,
+            residual=lower.new_full((len(lower),), math.inf),
+        )
 
     def _prove_all(self, best: Enclosure, found: Found, index: Tensor | None, room: int) -> tuple[Enclosure, Tensor]:
         """Prove what was found for the samples of `index` (None: all); returns all enclosures, and the samples' rho.
@@ -270,11 +284,11 @@ class _Proving:
         size, floor = amax(residual.abs() / slack), 64 * unit_roundoff(self.dtype) * amax(at_q / slack)
         rho, step = 1.25 * size, residual
         if self.origin.model is not None:
-            # Where a plain step is enough, a model that fits this sample badly cannot spoil it.
-            plain = rho <= _PLAIN * self.solver.tol
+            # Where an uncorrected step is enough, a model that fits this sample badly cannot spoil it.
+            uncorrected = rho <= _UNCORRECTED * self.solver.tol
             corrected = self.origin.model.to(self.dtype).correct(at_q, residual)
-            step = torch.where(per_sample(plain, q), residual, corrected)
-            rho = torch.where(plain, rho, rate * size)
+            step = torch.where(per_sample(uncorrected, q), residual, corrected)
+            rho = torch.where(uncorrected, rho, rate * size)
         # Comparisons with NaN are false: such a sample is not tried again.
         rho = rho + floor
         return torch.maximum(q + step, self.at_zero[where]), rho
@@ -288,7 +302,9 @@ class _Proving:
         q = z + per_sample(self.orbit * rho, z) * (z - pick(self.low_point))
         chain = self.chain if index is None else self.chain.select(index)
         at_q = chain(q, pick(self.exact.injection))
-        trial = Evaluated(pick(self.at_zero), pick(self.low_point), pick(self.at_low_point), q, at_q)
+        trial = Evaluated(
+            at_zero=pick(self.at_zero), p=pick(self.low_point), at_p=pick(self.at_low_point), q=q, at_q=at_q
+        )
         return prove(trial, self.rounding) if self.proving else observe(trial), at_q, q
 
     def _accepted(self, found: Enclosure) -> Tensor:
@@ -306,17 +322,17 @@ class _Proving:
         bound = torch.where(held, relative_error_bound(value, low, high), math.inf)
         lower, upper = round_outward(low, high, self.b.dtype)
         return Solution(
-            value,
-            lower,
-            upper,
-            self.steps,
-            found.residual,
-            bound,
-            rate,
-            bound <= self.solver.tol,
-            held & self.proving,
-            self.dtype if self.proving else None,
-            "enclosure",
+            value=value,
+            lower=lower,
+            upper=upper,
+            steps=self.steps,
+            residual=found.residual,
+            error_bound=bound,
+            rate=rate,
+            converged=bound <= self.solver.tol,
+            proven=held & self.proving,
+            proof_dtype=self.dtype if self.proving else None,
+            stopping="enclosure",
         )
 
 

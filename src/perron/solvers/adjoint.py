@@ -42,7 +42,7 @@ __all__ = ["adjoint_in_steps", "solve_adjoint", "solve_tangent"]
 _WINDOW = 5
 # Power steps for the weights: at most so many; the first vector whose kappa is this close to what it can become serves.
 _POWER_STEPS, _GOOD = 6, 0.7
-# Widths up to which the linear equation of a cell that is not monotone in z is solved by factorisation.
+# Widths up to which the linear equation of a cell whose Jacobian may have negative entries is solved by factorisation.
 _DIRECT = 512
 # Residuals below so many units of roundoff are not asked for.
 _ROUNDING = 16
@@ -93,7 +93,7 @@ def solve_tangent(map: Map, z: Tensor, injection: Tensor, v: Tensor, solver: Sol
     """w = (I - J)^{-1} v at z, (batch, ...), to the solver's tolerance on the relative residual."""
     jacobian = _linearized(map, z, injection, structure)
     problem = _Linear(jacobian, v, False)
-    rule = Rule(solver.tol, None, False, solver.max_steps)
+    rule = Rule(tol=solver.tol, slack=None, ahead=False, limit=solver.max_steps)
     found = _iterate(problem, None, None, rule, structure)
     converged = found.measure <= solver.tol
     _report("tangent", map, converged, found.measure, solver)
@@ -127,7 +127,9 @@ def solve_adjoint(
     """
     if not v.numel():
         none = v.new_zeros(len(v))
-        return v, AdjointSolution(none.long(), none, none, none == 0, False)
+        return v, AdjointSolution(
+            steps=none.long(), residual=none, error_bound=none, converged=none == 0, bounded=False
+        )
     g, solution, measure = adjoint_in_steps(
         map, z, injection, v, solver.tol, solver.max_steps, bounds=bounds, structure=structure
     )
@@ -164,9 +166,17 @@ def adjoint_in_steps(
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
     if bounds is None or structure == "unknown" or not isinstance(map, Chain):
-        found = _iterate(problem, model, slope, Rule(tol, None, False, steps, fixed), structure)
+        found = _iterate(
+            problem, model, slope, Rule(tol=tol, slack=None, ahead=False, limit=steps, fixed=fixed), structure
+        )
         unknown = torch.full_like(found.measure, math.inf)
-        solution = AdjointSolution(found.steps, found.measure, unknown, found.measure <= tol, False)
+        solution = AdjointSolution(
+            steps=found.steps,
+            residual=found.measure,
+            error_bound=unknown,
+            converged=found.measure <= tol,
+            bounded=False,
+        )
         return found.value, solution, found.measure
     proof = (_Proof if structure == "concave" else _SignedProof)(map, injection, bounds, model, fixed)
     contracts = proof.kappa < 1
@@ -175,11 +185,17 @@ def adjoint_in_steps(
     room = torch.where(contracts, 1 - proof.kappa.clamp_max(0.999), 1.0).to(v.dtype)
     # Where no kappa was found the plain sum of entries serves to stop.
     weights = torch.where(per_sample(contracts, v), proof.weights.to(v.dtype), 1.0)
-    rule = Rule(0.5 * tol * room, None, True, max(steps - 1, 1), fixed, weights=weights)
+    rule = Rule(tol=0.5 * tol * room, slack=None, ahead=True, limit=max(steps - 1, 1), fixed=fixed, weights=weights)
     found = _iterate(problem, model, slope, rule, structure)
     g, residual, bound = proof.finish(z, found.candidate, v)
     measure = residual / room
-    return g, AdjointSolution(found.steps + 1, residual, bound, measure <= tol, True), measure
+    return (
+        g,
+        AdjointSolution(
+            steps=found.steps + 1, residual=residual, error_bound=bound, converged=measure <= tol, bounded=True
+        ),
+        measure,
+    )
 
 
 def _solve_monotone(
@@ -190,11 +206,15 @@ def _solve_monotone(
     if g is None:
         # The bound is so many times the residual; what rounding keeps these steps from is not asked of them.
         goal = max(0.25 * tol / proof.amplification, _ROUNDING * unit_roundoff(z.dtype))
-        rule = Rule(goal, None, False, max(steps - 1, 1), patient=True)
+        rule = Rule(tol=goal, slack=None, ahead=False, limit=max(steps - 1, 1), patient=True)
         found = _iterate(problem, None, None, rule, "contracting")
         g, taken = found.value, found.steps
     residual, bound = proof.judge(z, g, problem.v)
-    return g, AdjointSolution(taken + 1, residual, bound, residual <= tol, True), residual
+    return (
+        g,
+        AdjointSolution(steps=taken + 1, residual=residual, error_bound=bound, converged=residual <= tol, bounded=True),
+        residual,
+    )
 
 
 def _linearized(map: Map, z: Tensor, injection: Tensor, structure: Structure) -> Linearization:
@@ -270,16 +290,16 @@ class _Proof:
         self.injection = injection
         count = sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps)
         lower, upper = bounds
-        # The weights need three digits; a float32 product gives them if its sums are plain.
-        plain = chain.plainly()
-        start = lower if plain is not None else lower.double()
+        # The weights need three digits; a float32 product gives them if its sums are rigorous.
+        rigorous = chain.rigorous()
+        start = lower if rigorous is not None else lower.double()
         # Slopes come from the value here if they do in `finish`: an enclosure of z* is wider than that of f(z*).
-        by_value = (chain if plain is not None else self.exact).linearize_at_fixed_point(start, "upper")
+        by_value = (chain if rigorous is not None else self.exact).linearize_at_fixed_point(start, "upper")
         if by_value is None:
             start = lower.double()
             steep = self.exact.linearize_steps(start, injection.double(), "upper")
         else:
-            steep = by_value if plain is None else replace(by_value, steps=plain.steps)
+            steep = by_value if rigorous is None else replace(by_value, steps=rigorous.steps)
             if model is not None:
                 # The Perron vector of D r c^T.
                 start = steep.slope * model.rows.view_as(lower[:1])
@@ -360,14 +380,14 @@ class _MonotoneProof:
     """
 
     def __init__(self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], least: float) -> None:
-        plain = chain.to(torch.float64).plainly()
-        assert plain is not None
-        self.exact, self.injection = plain, injection.double()
+        rigorous = chain.to(torch.float64).rigorous()
+        assert rigorous is not None
+        self.exact, self.injection = rigorous, injection.double()
         lower, upper = (t.double() for t in bounds)
-        steep, smallest, _ = sensitivity(plain, self.injection, lower, upper)
+        steep, smallest, _ = sensitivity(rigorous, self.injection, lower, upper)
         assert smallest[-1] is not None
         self.steepest, self.flattest = steep.slope, smallest[-1]
-        step = plain.steps[0]
+        step = rigorous.steps[0]
         assert isinstance(step, AffineStep)
         self.step, self.norm = step, step.norm()
         self.underflow = lower[:1].numel() * step.underflow(torch.float64) + 1e-290

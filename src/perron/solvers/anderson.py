@@ -16,7 +16,7 @@ from perron.solvers.mixing import Mixing
 __all__ = ["Anderson"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Anderson(Accelerated):
     """Anderson acceleration (Anderson 1965; Walker & Ni 2011), regularised and safeguarded per sample.
 
@@ -24,7 +24,7 @@ class Anderson(Accelerated):
     of the way there from the last accepted one.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
+        tol, max_steps, stop, proof_dtype, on_failure, steps, step_dtype: as in every solver.
         window: earlier steps that are mixed.
         damping: the mixing parameter beta, in (0, 1]: z + beta (f(z) - z), less what the window explains of it.
 

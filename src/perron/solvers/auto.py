@@ -16,7 +16,7 @@ from perron.solvers.base import IterativeSolver
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixing
-from perron.solvers.newton import MonotoneNewton
+from perron.solvers.newton import Newton
 from perron.solvers.picard import Picard
 from perron.solvers.splitting import splitting_for
 from perron.theory.contraction import gain
@@ -31,17 +31,17 @@ _SMALL, _POOR = 10_000_000, 0.4
 _WINDOW = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Auto(Accelerated):
     """Chooses the method from the structure of the cell and the residual ratio it sees.
 
     Certified cells with one activation, at their end, take aggregation steps mixed after Anderson, which reach the fixed
     point in a few evaluations however hard the map is for Picard; where the cell is far from rank one, or affine,
-    `MonotoneNewton`.
+    `Newton`.
     Cells that contract by operator splitting take its steps, and all others `Anderson` steps.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
+        tol, max_steps, stop, proof_dtype, on_failure, steps, step_dtype: as in every solver.
         window: of the mixing of aggregated steps.
     """
 
@@ -55,8 +55,15 @@ class Auto(Accelerated):
         modelled = isinstance(problem.map, Chain) and Aggregation.possible(problem.map)
         return self._newton(evaluations) if modelled else super().successor(evaluations, problem)
 
-    def _newton(self, evaluations: int) -> MonotoneNewton:
-        return MonotoneNewton(self.tol, evaluations, self.stop, self.verify, "ignore", None, self.precision)
+    def _newton(self, evaluations: int) -> Newton:
+        return Newton(
+            tol=self.tol,
+            max_steps=evaluations,
+            stop=self.stop,
+            proof_dtype=self.proof_dtype,
+            on_failure="ignore",
+            step_dtype=self.step_dtype,
+        )
 
     def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
         if origin is None:
@@ -78,7 +85,14 @@ class Auto(Accelerated):
                 return self._newton(self.max_steps).solve(problem, z0)
             if self.steps is not None and not Aggregation.possible(chain):
                 # In steps counted beforehand there is one proof only, and each of Picard's iterates is one.
-                picard = Picard(self.tol, self.max_steps, self.stop, self.verify, "ignore", self.steps)
+                picard = Picard(
+                    tol=self.tol,
+                    max_steps=self.max_steps,
+                    stop=self.stop,
+                    proof_dtype=self.proof_dtype,
+                    on_failure="ignore",
+                    steps=self.steps,
+                )
                 return picard.solve(problem, z0)
         return super()._solve(problem, z0)
 

@@ -65,7 +65,7 @@ class Solver(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IterativeSolver(ABC):
     """What all solvers of this package share: their options, and that failure is never silent.
 
@@ -76,7 +76,7 @@ class IterativeSolver(ABC):
             what is returned.
         stop: "auto" stops by certified error where the cell has a certificate and by residual elsewhere;
             "residual" always by residual, without extrapolation.
-        verify: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
+        proof_dtype: precision of the proof, float64 (default) or float32 (only where its sums can be bounded, else float64);
             None solves in the precision of the layer, and nothing is certified.
         on_failure: "warn" (ConvergenceWarning), "raise" (ConvergenceError) or "ignore".
         steps: None, or exactly so many evaluations of f, at least 5 (6 where samples may influence each other), proof
@@ -90,7 +90,7 @@ class IterativeSolver(ABC):
     tol: float = 1e-4
     max_steps: int = 200
     stop: str = "auto"
-    verify: torch.dtype | None = torch.float64
+    proof_dtype: torch.dtype | None = torch.float64
     on_failure: OnFailure = "warn"
     steps: int | None = None
 
@@ -101,8 +101,8 @@ class IterativeSolver(ABC):
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
         if self.stop not in ("auto", "residual"):
             raise ValueError(f"stop must be 'auto' or 'residual', got {self.stop!r}")
-        if self.verify not in (None, torch.float32, torch.float64):
-            raise ValueError(f"verify must be torch.float64, torch.float32 or None, got {self.verify}")
+        if self.proof_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"proof_dtype must be torch.float64, torch.float32 or None, got {self.proof_dtype}")
         if self.on_failure not in ("warn", "raise", "ignore"):
             raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}")
         if self.steps is not None and self.steps < 5:
@@ -193,7 +193,7 @@ class IterativeSolver(ABC):
 
     def contracts(self, problem: FixedPointProblem) -> bool:
         """Whether this solve is to end with an enclosure by contraction."""
-        if self.verify is None or flushes_subnormals():
+        if self.proof_dtype is None or flushes_subnormals():
             return False
         return problem.contracts and self.stop == "auto" and isinstance(problem.map, Chain)
 
@@ -204,15 +204,15 @@ class IterativeSolver(ABC):
 
     def encloses(self, problem: FixedPointProblem) -> bool:
         """Whether this solve is to end with an enclosure."""
-        return problem.proven and self.stop == "auto" and not (self.verify is not None and flushes_subnormals())
+        return problem.proven and self.stop == "auto" and not (self.proof_dtype is not None and flushes_subnormals())
 
-    def proof_dtype(self, problem: FixedPointProblem) -> torch.dtype:
+    def dtype_of_proof(self, problem: FixedPointProblem) -> torch.dtype:
         """The precision of the enclosure: never coarser than the layer, and one whose sums can be bounded."""
         assert isinstance(problem.map, Chain)
         dtype = problem.injection.dtype
-        if self.verify is None or dtype == torch.float64:
+        if self.proof_dtype is None or dtype == torch.float64:
             return dtype
-        return self.verify if problem.map.to(self.verify).plainly() is not None else torch.float64
+        return self.proof_dtype if problem.map.to(self.proof_dtype).rigorous() is not None else torch.float64
 
 
 def _powers_of_two(value: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from perron.solvers.iteration import Method
 __all__ = ["Broyden"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Broyden(Accelerated):
     """Broyden's first ("good") method (Broyden 1965), safeguarded against residuals that grow tenfold.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver.
+        tol, max_steps, stop, proof_dtype, on_failure, steps, step_dtype: as in every solver.
         memory: rank-one updates that are kept; when it is full, the method starts anew.
 
     Raises:

@@ -73,7 +73,7 @@ class _Plan:
         self.run, self.refused = None, True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compiled(Auto):
     """`Auto`, compiled for each shape of problem that comes up more than twice.
 
@@ -82,7 +82,7 @@ class Compiled(Auto):
     their end, are compiled; in the others overhead is not what costs.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps, precision, window: as in `Auto`.
+        tol, max_steps, stop, proof_dtype, on_failure, steps, step_dtype, window: as in `Auto`.
         backend: of torch.compile.
     """
 
@@ -108,7 +108,7 @@ class Compiled(Auto):
         if tensors is None or not _faithful(plan, problem.map, probes, tensors[len(_SOLUTION) :]):
             return super()._solve(problem, z0)
         parts: dict[str, Any] = dict(zip(_SOLUTION, tensors[: len(_SOLUTION)], strict=True))
-        found = Solution(**parts, precision=self._precision(), stopping="enclosure")
+        found = Solution(**parts, proof_dtype=self._proof_dtype(), stopping="enclosure")
         left = (~found.converged).nonzero().flatten()
         self._judge(plan, bool(left.numel()))
         return found.merged(super()._solve(problem.select(left), None), left) if left.numel() else found
@@ -138,14 +138,14 @@ class Compiled(Auto):
             plan.run = self._compile_adjoint(map, plan.steps)
         return g, found
 
-    def _precision(self) -> torch.dtype | None:
-        return None if self.verify is None else torch.float64
+    def _proof_dtype(self) -> torch.dtype | None:
+        return None if self.proof_dtype is None else torch.float64
 
     def _plan(self, what: str, map: Map, like: Tensor) -> _Plan | None:
         """The plan for problems of this shape; None where they cannot be compiled."""
         if not isinstance(map, Chain) or not Aggregation.possible(map) or not like.numel():
             return None
-        if self.verify == torch.float32 or not all(type(s) in _COMPILABLE for s in map.known):
+        if self.proof_dtype == torch.float32 or not all(type(s) in _COMPILABLE for s in map.known):
             return None
         key = (what, _signature(map), like.shape, like.dtype, like.device, full_float32())
         return self.plans.setdefault(key, _Plan())

@@ -18,7 +18,7 @@ from perron.cells.chain import Chain
 from perron.problem import FixedPointProblem
 from perron.solution import Solution
 from perron.solvers.base import IterativeSolver
-from perron.solvers.iteration import Found, Method, Plain, Rule, iterate
+from perron.solvers.iteration import Found, Method, PicardSteps, Rule, iterate
 from perron.solvers.splitting import Splitting
 from perron.theory.contraction import Contraction, contraction, gain
 from perron.theory.enclosure import relative_error_bound, round_outward
@@ -58,16 +58,18 @@ class _Contracting:
         self.solver, self.problem = solver, problem
         exact = problem.to(torch.float64)
         assert isinstance(exact.map, Chain)
-        plain = exact.map.plainly()
-        assert plain is not None
-        self.exact = replace(exact, map=plain)
-        monotone = monotonicity(plain, exact.injection) if gain(plain) >= 1 else None
-        self.known: Contraction | Monotonicity = contraction(plain, exact.injection) if monotone is None else monotone
+        rigorous = exact.map.rigorous()
+        assert rigorous is not None
+        self.exact = replace(exact, map=rigorous)
+        monotone = monotonicity(rigorous, exact.injection) if gain(rigorous) >= 1 else None
+        self.known: Contraction | Monotonicity = (
+            contraction(rigorous, exact.injection) if monotone is None else monotone
+        )
         self.steps = torch.zeros(len(problem.injection), dtype=torch.long, device=problem.injection.device)
 
     def _sure(self, problem: FixedPointProblem) -> Method:
         """A method that converges if anything is known of the map."""
-        return Splitting(problem) if isinstance(self.known, Monotonicity) else Plain()
+        return Splitting(problem) if isinstance(self.known, Monotonicity) else PicardSteps()
 
     def run(self, method: Method | None, z0: Tensor | None) -> Solution:
         b, solver = self.problem.injection, self.solver
@@ -85,7 +87,9 @@ class _Contracting:
         share = 2 if isinstance(self.known, Monotonicity) and method is not None and not fixed else 1
         # What rounding keeps these steps from is left to those in float64.
         coarse = goal.clamp_min(_ROUNDING * unit_roundoff(b.dtype)).to(b.dtype)
-        rule = Rule(coarse, None, True, max((solver.limit - 1) // share, 1), fixed, patient=True)
+        rule = Rule(
+            tol=coarse, slack=None, ahead=True, limit=max((solver.limit - 1) // share, 1), fixed=fixed, patient=True
+        )
         found = self._search(self.problem, sure if method is None else method, start, rule)
         best = self._prove(found.candidate.double(), None)
         for _ in range(0 if fixed else _SEARCHES):
@@ -110,7 +114,9 @@ class _Contracting:
         bound = self._bound(self._middle(best), best)[left]
         asked = torch.where(best.proven[left], 0.5 * self.solver.tol / bound * best.residual[left], 0.5 * goal[left])
         before, self.steps = self.steps, torch.zeros_like(self.steps[left])
-        rule = Rule(torch.minimum(asked.clamp_min(1e-15), goal[left]), size, True, room, patient=True)
+        rule = Rule(
+            tol=torch.minimum(asked.clamp_min(1e-15), goal[left]), slack=size, ahead=True, limit=room, patient=True
+        )
         again = self._search(rest, self._sure(rest), start, rule)
         new = self._prove(again.candidate, left)
         self.steps = before.index_add(0, left, self.steps)
@@ -168,15 +174,15 @@ class _Contracting:
         lower, upper = round_outward(*bounds, b.dtype, signed=True)
         any_proven = bool(best.proven.any()) or not len(b)
         return Solution(
-            value,
-            lower if any_proven else None,
-            upper if any_proven else None,
-            self.steps,
-            best.residual,
-            bound,
-            rate.to(torch.float64),
-            self._accepted(best) & finite,
-            best.proven,
-            torch.float64 if any_proven else None,
-            "enclosure" if any_proven else "residual",
+            value=value,
+            lower=lower if any_proven else None,
+            upper=upper if any_proven else None,
+            steps=self.steps,
+            residual=best.residual,
+            error_bound=bound,
+            rate=rate.to(torch.float64),
+            converged=self._accepted(best) & finite,
+            proven=best.proven,
+            proof_dtype=torch.float64 if any_proven else None,
+            stopping="enclosure" if any_proven else "residual",
         )

@@ -21,7 +21,7 @@ from perron.problem import FixedPointProblem
 from perron.solution import Solution
 from perron.solvers.base import IterativeSolver
 
-__all__ = ["Found", "Method", "Plain", "Rule", "iterate", "solve_by_residual"]
+__all__ = ["Found", "Method", "PicardSteps", "Rule", "iterate", "solve_by_residual"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.04, 1.0), 8
@@ -64,7 +64,7 @@ class Method(Protocol):
         ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Found:
     """Where the iteration ended, per sample.
 
@@ -86,7 +86,7 @@ class Found:
     most: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """How residuals are measured and when to stop.
 
@@ -153,28 +153,35 @@ def solve_by_residual(
     batch = len(b)
     fixed = solver.steps is not None
     if b.numel():
-        rule = Rule(solver.tol, None, False, solver.limit, fixed)
-        found = iterate(problem, Plain() if method is None else method, z, rule)
+        rule = Rule(tol=solver.tol, slack=None, ahead=False, limit=solver.limit, fixed=fixed)
+        found = iterate(problem, PicardSteps() if method is None else method, z, rule)
     else:
         none = b.new_zeros(batch)
-        found = Found(z, problem(z), z, none, none, torch.zeros(batch, dtype=torch.long, device=b.device))
+        found = Found(
+            z=z,
+            value=problem(z),
+            candidate=z,
+            measure=none,
+            rate=none,
+            steps=torch.zeros(batch, dtype=torch.long, device=b.device),
+        )
     unproven = torch.zeros(batch, dtype=torch.bool, device=b.device)
     return Solution(
-        found.value,
-        None,
-        None,
-        found.steps,
-        found.measure,
-        torch.full_like(found.measure, math.inf),
-        found.rate,
-        found.measure <= solver.tol,
-        unproven,
-        None,
-        "residual",
+        value=found.value,
+        lower=None,
+        upper=None,
+        steps=found.steps,
+        residual=found.measure,
+        error_bound=torch.full_like(found.measure, math.inf),
+        rate=found.rate,
+        converged=found.measure <= solver.tol,
+        proven=unproven,
+        proof_dtype=None,
+        stopping="residual",
     )
 
 
-class Plain:
+class PicardSteps:
     """Picard's steps."""
 
     products, trust = 0, math.inf
@@ -182,7 +189,7 @@ class Plain:
     def advance(self, z: Tensor, fz: Tensor, room: int) -> Tensor:
         return fz
 
-    def select(self, index: Tensor) -> Plain:
+    def select(self, index: Tensor) -> PicardSteps:
         return self
 
 
@@ -200,7 +207,7 @@ class _Loop:
         self.rate = torch.ones_like(self.measure)
         self.steps = torch.zeros(batch, dtype=torch.long, device=z.device)
         self.still = torch.zeros(batch, dtype=z.dtype, device=z.device)
-        self.plain = torch.zeros(batch, dtype=torch.bool, device=z.device)
+        self.picard = torch.zeros(batch, dtype=torch.bool, device=z.device)
         self.candidate = z
         self.taken, self.rounds, self.next_look = 0, 0, 1
 
@@ -239,10 +246,10 @@ class _Loop:
         # NaN compares false.
         back = ~(measure <= self.method.trust * self.least)
         if self.rule.climbs:
-            back = back & ~(self.plain & (measure < math.inf))
+            back = back & ~(self.picard & (measure < math.inf))
         # Where the host need not wait to know, it asks; elsewhere this is done for nothing most of the time.
         if not self.rule.fixed and z.device.type == "cpu" and not bool(back.any()):
-            self.plain = back
+            self.picard = back
             return z, fz, measure, None
         mask = per_sample(back, z)
         if self.rule.climbs:
@@ -250,7 +257,7 @@ class _Loop:
         else:
             half = torch.lerp(self.z, z, 0.5)
             instead = torch.where(half.isfinite(), half, torch.lerp(self.z, self.fz, 0.5))
-        self.plain = back
+        self.picard = back
         measure = torch.where(back, self.measure, measure)
         return torch.where(mask, self.z, z), torch.where(mask, self.fz, fz), measure, (mask, instead)
 
@@ -296,11 +303,13 @@ class _Loop:
             self.method.select(keep),
             self.rule.select(keep),
         )
-        for name in ("z", "fz", "measure", "first", "least", "rate", "steps", "still", "plain", "candidate"):
+        for name in ("z", "fz", "measure", "first", "least", "rate", "steps", "still", "picard", "candidate"):
             setattr(self, name, getattr(self, name)[keep])
 
     def _store(self) -> None:
-        now = Found(self.z, self.fz, self.candidate, self.measure, self.rate, self.steps)
+        now = Found(
+            z=self.z, value=self.fz, candidate=self.candidate, measure=self.measure, rate=self.rate, steps=self.steps
+        )
         if self.index is None or self.result is None:
             self.result = now
             return

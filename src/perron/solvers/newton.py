@@ -21,7 +21,7 @@ from perron.solvers.aggregation import Aggregation, Mixed
 from perron.solvers.iteration import Method
 from perron.solvers.mixing import TRUST, Mixing
 
-__all__ = ["MonotoneNewton"]
+__all__ = ["Newton"]
 
 LinearSolve = Literal["auto", "batched", "chord", "krylov"]
 
@@ -33,12 +33,12 @@ _INNER, _FORCING = 6, 0.05
 _LINEAR_WINDOW = 50
 
 
-@dataclass(frozen=True)
-class MonotoneNewton(Accelerated):
+@dataclass(frozen=True, kw_only=True)
+class Newton(Accelerated):
     """Newton's method; (I - J) s = f(z) - z is solved by factorisation or by Krylov steps.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps, precision: as in every solver. Krylov's products with J count
+        tol, max_steps, stop, proof_dtype, on_failure, steps, step_dtype: as in every solver. Krylov's products with J count
             as evaluations, and it asks the device after each.
         linear: "batched" factorises I - D A for every sample, "chord" once for the batch with the mean of D, mixed after
             Anderson, "krylov" takes generalised conjugate residuals; "auto" chooses by the size of the state: up to 32,
@@ -48,7 +48,7 @@ class MonotoneNewton(Accelerated):
         ValueError: an option is out of range.
 
     >>> from perron.nn import PositiveConcaveLinear
-    >>> layer = PositiveConcaveLinear(4, 8, solver=MonotoneNewton())
+    >>> layer = PositiveConcaveLinear(4, 8, solver=Newton())
     >>> solution = layer.solve(torch.randn(16, 4))
     >>> solution.certified, bool(solution.steps.max() <= 6)
     (True, True)

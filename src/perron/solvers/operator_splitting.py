@@ -20,14 +20,14 @@ __all__ = ["OperatorSplitting"]
 Scheme = Literal["peaceman_rachford", "forward_backward"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OperatorSplitting(IterativeSolver):
     """Operator splitting for cells sigma(W z + b) with I - W strongly monotone, mixed after Anderson.
 
     Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 (arXiv 2006.08591), section 3.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps: as in every solver.
+        tol, max_steps, stop, proof_dtype, on_failure, steps: as in every solver.
         scheme: "peaceman_rachford" (one factorisation, few steps; every activation) or "forward_backward" (no
             factorisation, many steps; relu, relu6 and identity only). Half of `max_steps` are forward-backward ones, if
             need be; what they have not solved by then gets the others.

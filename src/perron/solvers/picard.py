@@ -44,14 +44,14 @@ __all__ = ["Picard"]
 _SMALLEST, _WITH_GUESS, _AROUND = 3, 5, 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picard(IterativeSolver):
     """Picard iteration z <- f(z), from z = 0 or from a multiple of z0 that is proven to lie below the fixed point.
 
-    Cells of kind "monotone", on which it may diverge, take Peaceman and Rachford's steps instead.
+    Cells of kind "monotone operator", on which it may diverge, take Peaceman and Rachford's steps instead.
 
     Args:
-        tol, max_steps, stop, verify, on_failure, steps: as in every solver. The iteration itself runs in the precision
+        tol, max_steps, stop, proof_dtype, on_failure, steps: as in every solver. The iteration itself runs in the precision
             of the proof.
     """
 
@@ -71,13 +71,13 @@ class _Enclosing:
         b = problem.injection
         self.solver = solver
         self.working = b.dtype
-        self.dtype = solver.proof_dtype(problem)
-        self.proving = solver.verify is not None
+        self.dtype = solver.dtype_of_proof(problem)
+        self.proving = solver.proof_dtype is not None
         self.problem = problem.to(self.dtype)
         if self.proving:
-            plain = self.problem.map.plainly()  # type: ignore[union-attr]
-            assert plain is not None
-            self.problem = replace(self.problem, map=plain)
+            rigorous = self.problem.map.rigorous()  # type: ignore[union-attr]
+            assert rigorous is not None
+            self.problem = replace(self.problem, map=rigorous)
         self.map = self.problem.map
         assert isinstance(self.map, Chain)
         self.rounding = self.map.rounding(self.dtype)
@@ -102,17 +102,17 @@ class _Enclosing:
         bound = torch.where(self.proven, relative_error_bound(value, self.lower, self.upper), math.inf)
         lower, upper = round_outward(self.lower, self.upper, self.working)
         return Solution(
-            value,
-            lower,
-            upper,
-            self.steps,
-            torch.where(finite, self.residual, torch.nan),
-            bound,
-            self.rate,
-            (bound <= self.solver.tol) & finite,
-            self.proven & self.proving,
-            self.dtype if self.proving else None,
-            "enclosure",
+            value=value,
+            lower=lower,
+            upper=upper,
+            steps=self.steps,
+            residual=torch.where(finite, self.residual, torch.nan),
+            error_bound=bound,
+            rate=self.rate,
+            converged=(bound <= self.solver.tol) & finite,
+            proven=self.proven & self.proving,
+            proof_dtype=self.dtype if self.proving else None,
+            stopping="enclosure",
         )
 
     def _solve(self, index: Tensor, z0: Tensor | None) -> None:
@@ -170,7 +170,7 @@ class _Enclosing:
         q, _, r, _ = _extrapolate(p, z, s, self.map.supremum, 4 * unit_roundoff(self.dtype))  # type: ignore[union-attr]
         # Where nothing bounds the rest, the last point still stands, unproven.
         q = torch.where(per_sample(r < 1, q), q, s)
-        trial = Evaluated(at_zero, z, s, q, self.problem(q))
+        trial = Evaluated(at_zero=at_zero, p=z, at_p=s, q=q, at_q=self.problem(q))
         found = prove(trial, self.rounding) if self.proving else observe(trial)
         # A bounded activation makes something finite of an infinite injection.
         self._keep(replace(found, proven=found.proven & all_finite(self.problem.injection)), slice(None))
@@ -204,7 +204,9 @@ class _Enclosing:
                 continue
             self.point[index] = s
             room = limit - spent - steps - 1
-            done = self._finish(problem, index, room, Evaluated(at_zero, z, s, q, q), r, still, finish)
+            done = self._finish(
+                problem, index, room, Evaluated(at_zero=at_zero, p=z, at_p=s, q=q, at_q=q), r, still, finish
+            )
             share = torch.where(finish, share / 2, share)
             # A sample that stands still has met the rounding of this precision: more steps cannot help.
             over = done | still | exhausted
@@ -234,7 +236,7 @@ class _Enclosing:
         chosen = finish.nonzero().flatten()
         where = index[chosen]
         sub = problem.select(chosen)
-        trial = Evaluated(*(getattr(trial, f.name)[chosen] for f in fields(Evaluated)))
+        trial = Evaluated(**{f.name: getattr(trial, f.name)[chosen] for f in fields(Evaluated)})
         trial = replace(trial, at_q=sub(trial.q))
         self.steps[where] += 1
         found = prove(trial, self.rounding) if self.proving else observe(trial)

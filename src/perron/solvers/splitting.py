@@ -4,7 +4,7 @@ Source: Winston, Kolter, "Monotone operator equilibrium networks", NeurIPS 2020 
 Rachford's method with step 1, where the resolvent of the nonlinear part is sigma itself, serves every such activation;
 it converges linearly for every positive margin. One factorisation of 2 I - W serves all steps and samples: of the matrix,
 or of what a circular convolution does to each Fourier mode. The auxiliary variable u, whose image sigma(u) is z, is mixed
-after Anderson; where its residual grows instead, the plain step from the best one so far is taken, which does not.
+after Anderson; where its residual grows instead, the unmixed step from the best one so far is taken, which does not.
 
 Forward-backward steps z <- sigma((1 - a) z + a (W z + b)) need no factorisation; they converge for 0 < a < 2 m/|I - W|^2,
 slowly, where sigma is a projection, whose scaled resolvents are all the same.
@@ -79,14 +79,14 @@ class _Mixed(ABC):
     """
 
     trust = math.inf
-    # Products with W that `begin` and `plain` take.
+    # Products with W that `begin` and `next_auxiliary` take.
     beginning, each = 0, 0
 
     def __init__(self, offset: Tensor) -> None:
         self.offset = offset
         self.products = 0
         self.mixing = Mixing(_WINDOW)
-        # u; and per sample the best one so far, the plain step from there, and how far that went.
+        # u; and per sample the best one so far, the unmixed step from there, and how far that went.
         self.auxiliary: Tensor | None = None
         self.best = offset, offset
         self.least = offset.new_full((len(offset),), math.inf)
@@ -96,7 +96,7 @@ class _Mixed(ABC):
         """u for an iterate z, exact at the fixed point."""
 
     @abstractmethod
-    def plain(self, u: Tensor) -> Tensor:
+    def next_auxiliary(self, u: Tensor) -> Tensor:
         """One step of the splitting."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class _Mixed(ABC):
             self.products = 0
             return z
         u = self.begin(z) if self.auxiliary is None else self.auxiliary
-        new = self.plain(u)
+        new = self.next_auxiliary(u)
         size = (new - u).flatten(1).norm(dim=1)
         # NaN compares false, and is taken back.
         grown = per_sample(~(size <= _TRUST * self.least), u)
@@ -147,7 +147,7 @@ class _PeacemanRachford(_Mixed):
     def iterate(self, u: Tensor) -> Tensor:
         return self.image(u)
 
-    def plain(self, u: Tensor) -> Tensor:
+    def next_auxiliary(self, u: Tensor) -> Tensor:
         half = 2 * self.image(u) - u
         return 2 * self.resolvent(half + self.offset) - half
 
@@ -200,7 +200,7 @@ class ForwardBackward(_Mixed):
     def begin(self, z: Tensor) -> Tensor:
         return z
 
-    def plain(self, u: Tensor) -> Tensor:
+    def next_auxiliary(self, u: Tensor) -> Tensor:
         activation = self.map.last_activation
         assert activation is not None
         return activation(torch.lerp(u, self.map.preactivation(u, self.offset), self.size))

@@ -25,11 +25,11 @@ from torch.profiler import ProfilerActivity, profile
 from perron._files import write_json
 from perron.data import ImageData
 from perron.data.modules import DATA_MODULES
-from perron.models.rivals import (
+from perron.models.baselines import (
     CONVOLUTIONAL_CORES,
     CORES,
-    RivalConvNet,
-    RivalNet,
+    BaselineConvNet,
+    BaselineNet,
     matched_width,
     parameter_count,
 )
@@ -84,7 +84,7 @@ class Settings:
         epochs, batch_size, learning_rate, weight_decay: of training; AdamW with a one-cycle schedule.
         prove_training: prove enclosures in training steps too; the test does in any case.
         limit: use only so many training images.
-        network: "linear" or "conv", what the core stands in: `perron.models.RivalNet` or `RivalConvNet` of one block.
+        network: "linear" or "conv", what the core stands in: `perron.models.BaselineNet` or `BaselineConvNet` of one block.
         penalty, penalty_weight: see `perron.training.module.Classifier`.
     """
 
@@ -118,8 +118,8 @@ class Settings:
         """The network of this width around a core."""
         channels, side, _ = data.image_shape
         if self.network == "linear":
-            return RivalNet(core, math.prod(data.image_shape), len(data.classes), width=width)
-        return RivalConvNet(core, channels, len(data.classes), widths=[width], image_size=side)
+            return BaselineNet(core, math.prod(data.image_shape), len(data.classes), width=width)
+        return BaselineConvNet(core, channels, len(data.classes), widths=[width], image_size=side)
 
     def check(self, cores: Sequence[str], seeds: int) -> None:
         """Raise UsageError if something is unknown or out of range."""

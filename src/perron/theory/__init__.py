@@ -3,7 +3,7 @@
 from perron.theory.certificate import Certificate
 from perron.theory.certify import certify
 from perron.theory.contraction import Contraction, activation_degree, contraction, degree, gain
-from perron.theory.enclosure import Enclosure, verify
+from perron.theory.enclosure import Enclosure, enclose
 from perron.theory.monotone_operator import Monotonicity, margin, monotonicity
 from perron.theory.positive_concave import spectral_radius_bound
 
@@ -20,5 +20,5 @@ __all__ = [
     "margin",
     "monotonicity",
     "spectral_radius_bound",
-    "verify",
+    "enclose",
 ]

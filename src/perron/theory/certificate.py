@@ -7,15 +7,15 @@ from dataclasses import dataclass
 __all__ = ["Certificate", "near_one", "refused"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What is proven about an equilibrium, for every input the layer accepts.
 
     Attributes:
         exists: a fixed point exists.
-        unique: it is the only one in the nonnegative orthant, or for kinds "bounded gain" and "monotone" at all.
-        geometric: Picard iteration, or for "monotone" operator splitting, converges to it geometrically.
-        kind: "positive concave", "subhomogeneous", "bounded gain", "monotone", "network" for a whole module, or "none".
+        unique: it is the only one in the nonnegative orthant, or for kinds "bounded gain" and "monotone operator" at all.
+        geometric: Picard iteration, or for "monotone operator" operator splitting, converges to it geometrically.
+        kind: "positive concave", "subhomogeneous", "bounded gain", "monotone operator", "network" for a whole module, or "none".
         assumptions: what was checked, in words.
         refusal: None, or the reason why nothing is certified.
         rate: an a-priori contraction factor in `metric`, where the theory gives one below 1.
@@ -40,7 +40,7 @@ class Certificate:
         if not self:
             lines = [f"not certified ({self.kind}): {self.refusal}"]
         else:
-            method = "operator splitting" if self.kind == "monotone" else "Picard"
+            method = "operator splitting" if self.kind == "monotone operator" else "Picard"
             lines = [
                 f"certified ({self.kind}): the fixed point exists, is unique, and {method} converges geometrically"
             ]
@@ -56,7 +56,7 @@ class Certificate:
 
 def refused(reason: str, *, kind: str = "none") -> Certificate:
     """Nothing is certified, for this reason."""
-    return Certificate(False, False, False, kind, refusal=reason)
+    return Certificate(exists=False, unique=False, geometric=False, kind=kind, refusal=reason)
 
 
 def near_one(factor: float) -> str:

@@ -33,7 +33,7 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
 
     "subhomogeneous": nonnegative weights and a degree below 1, so that F contracts in Thompson's metric (Sittoni &
     Tudisco, ICML 2024). "bounded gain": weights of any sign whose absolute row sums, times the largest slopes, stay
-    below 1, so that F contracts in the sup norm. "monotone": sigma(W z + b) with I - W strongly monotone (Winston &
+    below 1, so that F contracts in the sup norm. "monotone operator": sigma(W z + b) with I - W strongly monotone (Winston &
     Kolter, NeurIPS 2020). For other signed weights the fixed point need not be unique, and the refusal says so; single
     samples may still be certified, by `perron.theory.contraction`.
     """
@@ -48,14 +48,22 @@ def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certific
     factor = gain(chain)
     if factor < 1:
         checked: tuple[str, ...] = (f"absolute row sums times largest slopes are at most {near_one(factor)} < 1",)
-        return Certificate(True, True, True, "bounded gain", checked, rate=factor, metric="sup norm")
+        return Certificate(
+            exists=True,
+            unique=True,
+            geometric=True,
+            kind="bounded gain",
+            assumptions=checked,
+            rate=factor,
+            metric="sup norm",
+        )
     least = margin(chain)
     if least > 0:
         checked = (
             f"I - W is strongly monotone with margin at least {least:.6g} > 0",
             "the activation is nondecreasing with slopes up to 1",
         )
-        return Certificate(True, True, True, "monotone", checked)
+        return Certificate(exists=True, unique=True, geometric=True, kind="monotone operator", assumptions=checked)
     if by_degree.kind == "subhomogeneous":
         return by_degree
     return refused(
@@ -79,7 +87,7 @@ def _subhomogeneous(chain: Chain) -> Certificate:
         f"F is subhomogeneous of degree at most {near_one(mu)} < 1, the product of its activations' degrees"
         + (", doubled by the normalisation" if chain.normalizes else ""),
     )
-    return Certificate(True, True, True, "subhomogeneous", checked, rate=mu)
+    return Certificate(exists=True, unique=True, geometric=True, kind="subhomogeneous", assumptions=checked, rate=mu)
 
 
 def _nearest(factor: float, least: float) -> str:
@@ -140,7 +148,12 @@ def certify(module: nn.Module | Chain) -> Certificate:
         if reasons:
             return replace(refused("; ".join(reasons), kind="network"), parts=tuple(parts))
         return Certificate(
-            True, True, True, "network", (f"{len(parts)} equilibrium layers, each certified",), parts=tuple(parts)
+            exists=True,
+            unique=True,
+            geometric=True,
+            kind="network",
+            assumptions=(f"{len(parts)} equilibrium layers, each certified",),
+            parts=tuple(parts),
         )
     if not any(isinstance(m, Inject) for m in module.modules()):
         return refused("the module contains no equilibrium layer")

@@ -1,4 +1,4 @@
-"""Cells that contract, though they are not monotone and concave: subhomogeneous ones, and those of bounded gain.
+"""Cells that contract, though they are not nondecreasing and concave: subhomogeneous ones, and those of bounded gain.
 
 Two metrics, two factors (Sittoni & Tudisco, "Subhomogeneous deep equilibrium models", ICML 2024; Lemmens & Nussbaum 2012):
 
@@ -148,7 +148,7 @@ def rest(q: Number, d: Number) -> Number:
     return q / (1 - q) * d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Contraction:
     """By how much F contracts, per sample, in float64.
 
@@ -213,7 +213,7 @@ class Contraction:
 
 @torch.no_grad()
 def contraction(chain: Chain, injection: Tensor) -> Contraction:
-    """How F contracts for these injections, (batch, ...) float64; sums of the chain must be plain.
+    """How F contracts for these injections, (batch, ...) float64; sums of the chain must be rigorous.
 
     Thompson's metric where the weights are nonnegative and the injection too; else, or where its factor is not below 1,
     the weighted sup norm on the smallest box found.
@@ -231,15 +231,27 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
     nonnegative = all_true(injection >= 0)
     if mu < 1 and bool((nonnegative | ~all_finite(injection)).all()):
         least = torch.full_like(injection, torch.finfo(injection.dtype).tiny)
-        return Contraction(torch.where(nonnegative, mu, unknown), unknown, ones, least, whole, whole, rounding)
+        return Contraction(
+            thompson=torch.where(nonnegative, mu, unknown),
+            supremum=unknown,
+            weights=ones,
+            lower=least,
+            upper=whole,
+            error=whole,
+            rounding=rounding,
+        )
     thompson = torch.where(nonnegative & (mu < 1), mu, unknown)
     box = _invariant_box(chain, injection)
     if box is None:
-        return Contraction(thompson, unknown, ones, -whole, whole, whole, rounding)
+        return Contraction(
+            thompson=thompson, supremum=unknown, weights=ones, lower=-whole, upper=whole, error=whole, rounding=rounding
+        )
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
     factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
-    return Contraction(thompson, factor, weights, lower, upper, error, rounding)
+    return Contraction(
+        thompson=thompson, supremum=factor, weights=weights, lower=lower, upper=upper, error=error, rounding=rounding
+    )
 
 
 def gain(chain: Chain) -> float:
@@ -328,7 +340,7 @@ def _step_over(step: Step, injection: Tensor, lower: Tensor, upper: Tensor) -> t
         slack = _activation_error(step.activation, lower, upper)
         return step(lower) - slack, step(upper) + slack
     if isinstance(step, NormalizeStep):
-        raise Refusal("division by a norm is not monotone: no box is known")
+        raise Refusal("division by a norm is not nondecreasing: no box is known")
     raise unknown_step(step)
 
 

@@ -40,7 +40,7 @@ __all__ = [
     "prove_around",
     "relative_error_bound",
     "round_outward",
-    "verify",
+    "enclose",
 ]
 
 
@@ -48,14 +48,14 @@ __all__ = [
 _FACTORISED, _FACTORISED_TOGETHER = 1024, 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Enclosure:
     """`lower <= z* <= upper` for the samples where `proven` holds.
 
     Attributes:
         lower, upper: (batch, ...) in the precision of the proof.
         proven: (batch,) whether the bounds are proven.
-        precision: dtype of the arithmetic.
+        proof_dtype: dtype of the arithmetic.
         residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the upper trial point.
         evaluations: of f or its Jacobian, per sample, that the proof took.
     """
@@ -63,7 +63,7 @@ class Enclosure:
     lower: Tensor
     upper: Tensor
     proven: Tensor
-    precision: torch.dtype
+    proof_dtype: torch.dtype
     residual: Tensor
     evaluations: int = 0
 
@@ -100,7 +100,7 @@ def chord(gain: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     return chord_weights(r)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """Computed values of f: at 0, at a lower trial point p and at an upper one q; (batch, ...) each."""
 
@@ -145,7 +145,7 @@ def prove(values: Evaluated, rounding: Rounding) -> Enclosure:
     upper = torch.minimum(top, high_q.mul_(1 + grow)).mul_(1 + 32 * u)
     proven &= amin(lower) >= 0
     residual = amax((q / values.at_q.clamp_min(torch.finfo(p.dtype).tiny)).sub_(1).abs_())
-    return Enclosure(lower, upper, proven, p.dtype, residual)
+    return Enclosure(lower=lower, upper=upper, proven=proven, proof_dtype=p.dtype, residual=residual)
 
 
 def observe(trial: Evaluated) -> Enclosure:
@@ -155,7 +155,13 @@ def observe(trial: Evaluated) -> Enclosure:
     stay, go = chord((s - z).clamp_min(0), trial.q - high - noise)
     lower = torch.addcmul(stay * s, go, high)
     residual = amax((trial.q - high) / high.clamp_min(torch.finfo(z.dtype).tiny))
-    return Enclosure(lower, torch.maximum(high, lower), all_finite(high) & all_finite(lower), z.dtype, residual)
+    return Enclosure(
+        lower=lower,
+        upper=torch.maximum(high, lower),
+        proven=all_finite(high) & all_finite(lower),
+        proof_dtype=z.dtype,
+        residual=residual,
+    )
 
 
 def _needed(miss: Tensor, low_zero: Tensor) -> Tensor:
@@ -170,7 +176,9 @@ def prove_points(chain: Chain, injection: Tensor, p: Tensor, q: Tensor, rounding
     n = len(p)
     three = chain.select(torch.arange(n, device=p.device).repeat(3)) if chain.per_sample else chain
     f = three(torch.cat([torch.zeros_like(p), p, q]), torch.cat([injection] * 3))
-    return replace(prove(Evaluated(f[:n], p, f[n : 2 * n], q, f[2 * n :]), rounding), evaluations=3)
+    return replace(
+        prove(Evaluated(at_zero=f[:n], p=p, at_p=f[n : 2 * n], q=q, at_q=f[2 * n :]), rounding), evaluations=3
+    )
 
 
 def relative_error_bound(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
@@ -212,12 +220,12 @@ def check_injection(injection: Tensor, *, positive: bool) -> None:
 
 
 @torch.no_grad()
-def verify(
+def enclose(
     cell: nn.Module | Chain,
     candidate: Tensor,
     injection: Tensor,
     *,
-    dtype: torch.dtype = torch.float64,
+    proof_dtype: torch.dtype = torch.float64,
     attempts: int = 12,
     neumann_steps: int = 60,
 ) -> Enclosure:
@@ -229,7 +237,7 @@ def verify(
         cell: a positive concave cell (Sequential with one `Inject`), a layer with a `cell`, or a `Chain`.
         candidate: (batch, ...) any dtype, for instance float32 or bfloat16.
         injection: (batch, ...) b itself, as the cell adds it.
-        dtype: precision of the proof; float32 is refused where its sums cannot be bounded, and where a weight or the
+        proof_dtype: precision of the proof; float32 is refused where its sums cannot be bounded, and where a weight or the
             injection is float64: it would be rounded, and another cell be verified.
         attempts: how often delta is enlarged for samples that are not proven yet.
         neumann_steps: at most this many products with J.
@@ -238,7 +246,7 @@ def verify(
         Enclosure, with `proven` false for samples where no enclosure was found (NaN candidates among them).
 
     Raises:
-        Refusal: the cell has no certificate, its weights change at every read, or `dtype` allows no proof.
+        Refusal: the cell has no certificate, its weights change at every read, or `proof_dtype` allows no proof.
         ValueError: shapes differ, or the injection is not positive where sigma(0) = 0.
     """
     if candidate.shape != injection.shape:
@@ -257,19 +265,21 @@ def verify(
         if not certificate:
             raise Refusal(str(certificate.refusal))
         given = {t.dtype for t in (injection, *chain.tensors)}
-        if any(not t.is_floating_point or torch.promote_types(t, dtype) != dtype for t in given):
-            raise Refusal(f"{dtype} does not hold numbers of {', '.join(sorted(map(str, given)))}; verify in float64")
-        plain = chain.to(dtype).plainly()
-        if plain is None:
-            raise Refusal(f"sums in {dtype} cannot be bounded for this cell on {candidate.device}; verify in float64")
-        candidate = candidate.to(dtype).clamp_min(0)
-        return prove_around(plain, injection.to(dtype), candidate, attempts=attempts, neumann_steps=neumann_steps)
+        if any(not t.is_floating_point or torch.promote_types(t, proof_dtype) != proof_dtype for t in given):
+            raise Refusal(f"{proof_dtype} does not hold numbers of {', '.join(sorted(map(str, given)))}; use float64")
+        rigorous = chain.to(proof_dtype).rigorous()
+        if rigorous is None:
+            raise Refusal(f"sums in {proof_dtype} cannot be bounded for this cell on {candidate.device}; use float64")
+        candidate = candidate.to(proof_dtype).clamp_min(0)
+        return prove_around(
+            rigorous, injection.to(proof_dtype), candidate, attempts=attempts, neumann_steps=neumann_steps
+        )
 
 
 def prove_around(
     chain: Chain, injection: Tensor, z: Tensor, *, attempts: int = 12, neumann_steps: int = 60
 ) -> Enclosure:
-    """Prove an enclosure around a candidate z >= 0, all in the dtype of the proof; see `verify`."""
+    """Prove an enclosure around a candidate z >= 0, all in the dtype of the proof; see `enclose`."""
     rounding = chain.rounding(z.dtype)
     jacobian = chain.linearize(z, injection)
     fz = chain(z, injection)
@@ -327,9 +337,9 @@ def _factorised(chain: Chain, jacobian: Linearization, slack: Tensor) -> Tensor 
 def _merge(old: Enclosure, new: Enclosure) -> Enclosure:
     keep = per_sample(old.proven, old.lower)
     return Enclosure(
-        torch.where(keep, old.lower, new.lower),
-        torch.where(keep, old.upper, new.upper),
-        old.proven | new.proven,
-        old.precision,
-        torch.where(old.proven, old.residual, new.residual),
+        lower=torch.where(keep, old.lower, new.lower),
+        upper=torch.where(keep, old.upper, new.upper),
+        proven=old.proven | new.proven,
+        proof_dtype=old.proof_dtype,
+        residual=torch.where(old.proven, old.residual, new.residual),
     )

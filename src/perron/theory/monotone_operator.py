@@ -61,12 +61,12 @@ def margin(chain: Chain) -> float:
     return -math.inf if parts is None else parts[0].margin()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Monotonicity:
     """The margin of a cell, and what the enclosure of its fixed points takes.
 
     Attributes:
-        step: z -> W z, with its bias, float64 with plain sums.
+        step: z -> W z, with its bias, float64 with rigorous sums.
         norm: a bound on that of W.
         injection: (batch, ..., features) b, float64.
         margin: m > 0.
@@ -122,7 +122,7 @@ class Monotonicity:
 
 @torch.no_grad()
 def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
-    """The monotonicity of a float64 chain with plain sums, or None where no positive margin was verified."""
+    """The monotonicity of a float64 chain with rigorous sums, or None where no positive margin was verified."""
     parts = _parts(chain)
     if parts is None or not injection.numel():
         return None
@@ -133,4 +133,12 @@ def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
     base, shift, _ = activation.inner or (activation, 0.0, 1.0)
     offset = shift + 2 * base.at_zero
     underflow = float(step.underflow(torch.float64)) + _TINY
-    return Monotonicity(step, step.norm(), injection, found, activation.ulps, offset, underflow)
+    return Monotonicity(
+        step=step,
+        norm=step.norm(),
+        injection=injection,
+        margin=found,
+        ulps=activation.ulps,
+        offset=offset,
+        underflow=underflow,
+    )

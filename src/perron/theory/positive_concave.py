@@ -125,7 +125,7 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
         elif isinstance(step, ActivationStep):
             positive = positive or step.activation.at_zero > 0
         elif isinstance(step, NormalizeStep):
-            raise Refusal("division by a norm is not monotone")
+            raise Refusal("division by a norm is not nondecreasing")
         else:
             raise unknown_step(step)
     if not positive:
@@ -158,7 +158,7 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
         check_rounding()
         chain.sizes()
         if chain.normalizes:
-            raise Refusal("division by a norm is not monotone")
+            raise Refusal("division by a norm is not nondecreasing")
         _check_nonnegative(chain)
         kind = "positive concave"
         _check_positive(chain, positive_injection)
@@ -173,10 +173,10 @@ def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
     names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
     count = sum(t.numel() for t in chain.tensors)
     return Certificate(
-        True,
-        True,
-        True,
-        "positive concave",
+        exists=True,
+        unique=True,
+        geometric=True,
+        kind="positive concave",
         assumptions=(
             f"all {count} weights of the cell are finite and nonnegative",
             f"activations ({names}) are nonnegative, nondecreasing and concave on [0, inf)",

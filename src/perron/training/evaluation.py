@@ -37,7 +37,7 @@ def _solvers(model: nn.Module, change: Callable[[Solver], Solver]) -> Any:
 def _proving(solver: Solver) -> Solver:
     if not isinstance(solver, IterativeSolver):
         return solver
-    return replace(solver, verify=torch.float64, on_failure="ignore")
+    return replace(solver, proof_dtype=torch.float64, on_failure="ignore")
 
 
 def _cut(steps: int) -> Callable[[Solver], Solver]:

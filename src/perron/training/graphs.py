@@ -78,7 +78,7 @@ class GraphNet(nn.Module):
         self.propagate: GraphEquilibrium | None = None
         if propagation in ("pcdeq", "subdeq"):
             place: Place = "inside" if propagation == "pcdeq" else "outside"
-            solver = Auto(tol=settings.tol, max_steps=500, verify=None, on_failure="ignore")
+            solver = Auto(tol=settings.tol, max_steps=500, proof_dtype=None, on_failure="ignore")
             self.propagate = GraphEquilibrium("tanh", alpha=settings.alpha, injection=place, solver=solver)
             self.scale = nn.Parameter(torch.tensor(_SCALE))
         self._adjacency = Adjacency()

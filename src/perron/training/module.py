@@ -72,7 +72,7 @@ class _OfEpoch(Metric):
 
 def certified_errors(solution: Solution) -> Tensor:
     """(batch,) its error bounds where they are proven, inf where they are not."""
-    proven = solution.proven if solution.precision is not None else torch.zeros_like(solution.proven)
+    proven = solution.proven if solution.proof_dtype is not None else torch.zeros_like(solution.proven)
     return torch.where(proven, solution.error_bound, torch.inf)
 
 
@@ -128,8 +128,8 @@ class Classifier(L.LightningModule):
 
     def _verify_in(self, dtype: torch.dtype | None) -> None:
         for _, layer in equilibrium_layers(self.model):
-            if isinstance(layer.solver, IterativeSolver) and layer.solver.verify != dtype:
-                layer.solver = replace(layer.solver, verify=dtype)
+            if isinstance(layer.solver, IterativeSolver) and layer.solver.proof_dtype != dtype:
+                layer.solver = replace(layer.solver, proof_dtype=dtype)
 
     def on_train_epoch_start(self) -> None:
         self._of_epoch = {}
@@ -200,7 +200,7 @@ class Classifier(L.LightningModule):
         facts = {}
         if solutions:
             facts["forward_steps"] = torch.stack([s.steps.float().mean() for s in solutions]).sum()
-        if proved := [s for s in solutions if s.precision is not None]:
+        if proved := [s for s in solutions if s.proof_dtype is not None]:
             facts["error_bound"] = torch.stack([certified_errors(s).max() for s in proved]).max().float()
         return facts
 

@@ -1,10 +1,11 @@
 """Bounds through a whole network, each equilibrium layer replaced by everything its proof leaves open.
 
-Affine modules act on centre and radius, monotone ones on both ends. The fixed point of a positive concave layer is monotone
-in b, so a box of injections gives exactly the box [z*(b_lo), z*(b_hi)]: two certified solves. That of a contracting layer
-depends on b continuously, with a constant that the contraction factor gives: one certified solve at the centre, widened.
-Everything runs in float64 and every radius is enlarged by a bound on the rounding of its own computation. What is bounded is
-the network in exact arithmetic, with the weights it has; running it in float32 adds the rounding of float32.
+Affine modules act on centre and radius, nondecreasing ones on both ends. The fixed point of a positive concave layer does
+not decrease with b, so a box of injections gives exactly the box [z*(b_lo), z*(b_hi)]: two certified solves. That of a
+contracting layer depends on b continuously, with a constant that the contraction factor gives: one certified solve at the
+centre, widened. Everything runs in float64 and every radius is enlarged by a bound on the rounding of its own computation.
+What is bounded is the network in exact arithmetic, with the weights it has; running it in float32 adds the rounding of
+float32.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ class Interval:
 
 
 def _affine(module: nn.Module, path: str, box: Interval) -> Interval:
-    plain = Chain((affine_step(module),)).to(DTYPE).plainly()
-    if plain is None:
+    rigorous = Chain((affine_step(module),)).to(DTYPE).rigorous()
+    if rigorous is None:
         raise Refusal(f"the sums of {path} cannot be bounded on {box.lower.device}")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and box.lower.dim() != 2 + len(module.kernel_size):
         raise ValueError(f"{path} takes (batch, channels, *{len(module.kernel_size)}), got {tuple(box.lower.shape)}")
-    (step,) = plain.affine
+    (step,) = rigorous.affine
     return Interval(*step.over(box.lower, box.upper))
 
 
@@ -112,7 +113,7 @@ def _activation(module: nn.Module, path: str, box: Interval) -> Interval:
 
 def _leaky_relu(module: nn.LeakyReLU, path: str, box: Interval) -> Interval:
     if not 0 <= module.negative_slope < torch.inf:
-        raise Refusal(f"{path} has the negative slope {module.negative_slope}, with which it is not monotone")
+        raise Refusal(f"{path} has the negative slope {module.negative_slope}, with which it is not nondecreasing")
     low, high = (F.leaky_relu(end, module.negative_slope) for end in (box.lower, box.upper))
     return _widened(low, high, 4 * _U)
 
@@ -177,7 +178,7 @@ def _equilibrium(layer: Equilibrium, path: str, box: Interval) -> Interval:
     if (inner := getattr(layer, "input", None)) is not None:
         box = _propagate(inner, f"{path}[input]", box)
     injections = _injections(layer.injection, box)
-    solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, verify=DTYPE, on_failure="ignore")
+    solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, proof_dtype=DTYPE, on_failure="ignore")
     if certificate.kind in ("positive concave", "subhomogeneous"):
         injections = _within_domain(injections, positive)
     if certificate.kind == "positive concave":
@@ -186,7 +187,7 @@ def _equilibrium(layer: Equilibrium, path: str, box: Interval) -> Interval:
 
 
 def _injections(injection: Injection, box: Interval) -> Interval:
-    """softplus and relu are monotone; relu computes nothing.
+    """softplus and relu are nondecreasing; relu computes nothing.
 
     The rounding of softplus is that of 5 v, down to -84 where the floor is, relative to exp(5 v), and of a few more.
     """
@@ -248,7 +249,7 @@ def _behind_injection(chain: Chain) -> tuple[int, Chain]:
 
 def _shift(chain: Chain, certificate: Certificate, radius: Tensor) -> Tensor:
     """(batch,) how far the fixed point moves, in every entry, while b does by at most `radius`."""
-    if certificate.kind == "monotone":
+    if certificate.kind == "monotone operator":
         return euclidean(radius) / margin(chain) * (1 + gamma(radius[:1].numel() + 16, DTYPE))
     assert certificate.kind == "bounded gain"
     assert certificate.rate is not None
@@ -302,7 +303,7 @@ def propagate(module: nn.Module, box: Interval) -> Interval:
 
     Args:
         module: `nn.Sequential`, or a network of `perron.models`, of affine and pooling modules, batch normalisation and
-            dropout in evaluation mode, monotone activations, and certified equilibrium layers.
+            dropout in evaluation mode, nondecreasing activations, and certified equilibrium layers.
         box: (batch, ...) floating-point ends, lower <= upper, which may be infinite.
 
     Raises:
@@ -340,7 +341,7 @@ def _propagate(module: nn.Module, path: str, box: Interval) -> Interval:
     if does_nothing(module, kind, path):
         return box
     if kind not in _RULES:
-        raise reading.unknown(kind, path, "an affine, pooling, normalising, monotone or equilibrium module")
+        raise reading.unknown(kind, path, "an affine, pooling, normalising, nondecreasing or equilibrium module")
     return _RULES[kind](module, path, box)
 
 

@@ -1,6 +1,6 @@
 """What the speed benchmark compares with, on z = tanh(W z + b), W dense or a 3x3 kernel.
 
-Every rival is a function (cell, b, tol, backward_tol) -> z that attaches its own implicit gradient, and adds what it did
+Every baseline is a function (cell, b, tol, backward_tol) -> z that attaches its own implicit gradient, and adds what it did
 to `counts`. Tolerances are relative residuals, as each library takes them.
 """
 
@@ -35,7 +35,7 @@ class Cell:
         return torch.tanh(self.linear(z) + b)
 
 
-Rival = Callable[[Cell, Tensor, float, float], Tensor]
+Baseline = Callable[[Cell, Tensor, float, float], Tensor]
 
 
 def hook(cell: Cell, b: Tensor, tol: float, backward_tol: float) -> Tensor:
@@ -69,7 +69,7 @@ def _iterate(step: Callable[[Tensor], Tensor], z: Tensor, tol: float) -> Tensor:
     return z
 
 
-def torchdeq(solver: str) -> Rival:
+def torchdeq(solver: str) -> Baseline:
     """torchdeq with implicit differentiation, the same solver forward and backward."""
     from torchdeq import get_deq
 
@@ -96,7 +96,7 @@ def torchdeq(solver: str) -> Rival:
     return solve
 
 
-RIVALS: dict[str, Callable[[], Rival]] = {
+RIVALS: dict[str, Callable[[], Baseline]] = {
     "hook": lambda: hook,
     "torchdeq fixed_point_iter": lambda: torchdeq("fixed_point_iter"),
     "torchdeq anderson": lambda: torchdeq("anderson"),

@@ -11,14 +11,14 @@ from torch import nn
 from perron.activations import Activation
 from perron.cells.activation import Activate
 from perron.cells.injection import Inject
-from perron.nn.equilibrium import Gradient
+from perron.gradients import Gradient
 from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
 from perron.solvers import Solver
 
-__all__ = ["PlainConv2d", "PlainLinear"]
+__all__ = ["UnconstrainedConv2d", "UnconstrainedLinear"]
 
 
-class _Plain(Recurrent):
+class _Unconstrained(Recurrent):
     """What the linear and the convolutional layer share."""
 
     def __init__(
@@ -31,7 +31,7 @@ class _Plain(Recurrent):
         injection: InputMode,
         initial_radius: float,
         solver: Solver | None,
-        gradient: Gradient,
+        gradient: Gradient | None,
     ) -> None:
         recurrent, affine = maps
         cell = nn.Sequential(recurrent, Inject(), Activate(activation))
@@ -49,10 +49,10 @@ class _Plain(Recurrent):
         return f"activation={self.cell[2].activation.name!r}, gradient={self.gradient!r}"  # type: ignore[index, union-attr]
 
 
-class PlainLinear(_Plain):
+class UnconstrainedLinear(_Unconstrained):
     """z = sigma(W z + b(x)), W and b of any sign: solved and reported as observed, certified only where luck has it.
 
-    `certificate()` says what holds for the present W: none in general, "bounded gain" or "monotone" while W is small.
+    `certificate()` says what holds for the present W: none in general, "bounded gain" or "monotone operator" while W is small.
 
     Args:
         in_features: features of the input.
@@ -62,7 +62,7 @@ class PlainLinear(_Plain):
         bias: of the affine input map.
         initial_radius: mean absolute row sum of W at initialisation.
         solver: default `Auto()`.
-        gradient: "implicit", "jacobian_free" or `Phantom(steps, damping)`, see `Equilibrium`. `perron.nn.penalties` has
+        gradient: of `perron.gradients`, see `Equilibrium`. `perron.nn.penalties` has
             regularisations of its Jacobian.
 
     Shape:
@@ -72,7 +72,7 @@ class PlainLinear(_Plain):
         ValueError: wrong shape, inconsistent options.
         TypeError: the input is not floating point, or more precise than the layer.
 
-    >>> bool(PlainLinear(4, 8, initial_radius=8.0).certificate())
+    >>> bool(UnconstrainedLinear(4, 8, initial_radius=8.0).certificate())
     False
     """
 
@@ -86,7 +86,7 @@ class PlainLinear(_Plain):
         bias: bool = True,
         initial_radius: float = 0.9,
         solver: Solver | None = None,
-        gradient: Gradient = "implicit",
+        gradient: Gradient | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -102,13 +102,13 @@ class PlainLinear(_Plain):
         )
 
 
-class PlainConv2d(_Plain):
-    """z = sigma(K * z + b(x)) with a kernel K that keeps the spatial size, otherwise as `PlainLinear`.
+class UnconstrainedConv2d(_Unconstrained):
+    """z = sigma(K * z + b(x)) with a kernel K that keeps the spatial size, otherwise as `UnconstrainedLinear`.
 
     Args:
         in_features, features: channels of the input and of the equilibrium.
         kernel_size: odd; both convolutions pad by (kernel_size - 1)/2 with zeros and have stride 1.
-        activation, injection, bias, initial_radius, solver, gradient: as in `PlainLinear`.
+        activation, injection, bias, initial_radius, solver, gradient: as in `UnconstrainedLinear`.
 
     Shape:
         input (batch, in_features, height, width), output (batch, features, height, width).
@@ -131,7 +131,7 @@ class PlainConv2d(_Plain):
         bias: bool = True,
         initial_radius: float = 0.9,
         solver: Solver | None = None,
-        gradient: Gradient = "implicit",
+        gradient: Gradient | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

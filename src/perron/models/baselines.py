@@ -13,23 +13,23 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from perron.cells.reading import container
+from perron.gradients import JacobianFree, Phantom
 from perron.models.positive_concave import Network, convolutional_blocks
 from perron.nn import (
     MonotoneConv2d,
     MonotoneLinear,
-    Phantom,
-    PlainConv2d,
-    PlainLinear,
     PositiveConcaveConv2d,
     PositiveConcaveLinear,
     SubhomogeneousConv2d,
     SubhomogeneousLinear,
+    UnconstrainedConv2d,
+    UnconstrainedLinear,
 )
 from perron.nn.equilibrium import Injection, positive_injection
 from perron.nn.ode import NeuralODE
 from perron.solvers import Auto, Solver
 
-__all__ = ["CONVOLUTIONAL_CORES", "CORES", "RivalConvNet", "RivalNet", "matched_width", "parameter_count"]
+__all__ = ["CONVOLUTIONAL_CORES", "CORES", "BaselineConvNet", "BaselineNet", "matched_width", "parameter_count"]
 
 
 class InjectOnly(nn.Module):
@@ -74,15 +74,17 @@ CORES: dict[str, Callable[[int], nn.Module]] = {
         w, w, "tanh+1.2", weights="signed", injection="pre", solver=_solver()
     ),
     "mondeq": lambda w: MonotoneLinear(w, w, injection="pre", solver=_solver()),
-    "deq": lambda w: PlainLinear(w, w, injection="pre", solver=_solver()),
-    "deq-jacobian-free": lambda w: PlainLinear(w, w, injection="pre", solver=_solver(), gradient="jacobian_free"),
-    "deq-phantom": lambda w: PlainLinear(w, w, injection="pre", solver=_solver(), gradient=Phantom()),
+    "deq": lambda w: UnconstrainedLinear(w, w, injection="pre", solver=_solver()),
+    "deq-jacobian-free": lambda w: UnconstrainedLinear(
+        w, w, injection="pre", solver=_solver(), gradient=JacobianFree()
+    ),
+    "deq-phantom": lambda w: UnconstrainedLinear(w, w, injection="pre", solver=_solver(), gradient=Phantom()),
     "node": lambda w: NeuralODE(w),
     "anode": lambda w: NeuralODE(w, augment=max(w // 8, 1)),
     "explicit": _explicit,
     "no-equilibrium": lambda w: InjectOnly(),
 }
-"""What may stand in the middle of `RivalNet`, by name: a function of the width."""
+"""What may stand in the middle of `BaselineNet`, by name: a function of the width."""
 
 
 def _concave_convolution(activation: str) -> Callable[[int], nn.Module]:
@@ -104,15 +106,15 @@ CONVOLUTIONAL_CORES: dict[str, Callable[[int], nn.Module]] = {
     "subdeq-bounded": lambda w: SubhomogeneousConv2d(w, w, weights="signed_bounded", injection="pre", solver=_solver()),
     "subdeq-signed": lambda w: SubhomogeneousConv2d(w, w, weights="signed", injection="pre", solver=_solver()),
     "mondeq": lambda w: MonotoneConv2d(w, w, injection="pre", solver=_solver()),
-    "deq": lambda w: PlainConv2d(w, w, injection="pre", solver=_solver()),
+    "deq": lambda w: UnconstrainedConv2d(w, w, injection="pre", solver=_solver()),
     "explicit": _explicit_convolution,
     "no-equilibrium": lambda w: InjectOnly(),
 }
-"""The same for `RivalConvNet`: kernels of 3x3."""
+"""The same for `BaselineConvNet`: kernels of 3x3."""
 
 
 @container
-class RivalNet(Network):
+class BaselineNet(Network):
     """Flatten, Linear, BatchNorm, core of `width`, BatchNorm, Linear.
 
     Args:
@@ -128,7 +130,7 @@ class RivalNet(Network):
         ValueError: the core is unknown; the message lists the known ones.
 
     >>> import torch
-    >>> RivalNet("mondeq", 64, 10, width=16)(torch.randn(3, 1, 8, 8)).shape
+    >>> BaselineNet("mondeq", 64, 10, width=16)(torch.randn(3, 1, 8, 8)).shape
     torch.Size([3, 10])
     """
 
@@ -145,7 +147,7 @@ class RivalNet(Network):
 
 
 @container
-class RivalConvNet(Network):
+class BaselineConvNet(Network):
     """The convolutional blocks of `perron.models.PositiveConcaveConvNet`, around a core for every block.
 
     Args:
@@ -162,7 +164,7 @@ class RivalConvNet(Network):
         ValueError: the core is unknown; no widths, or images too small for that many blocks.
 
     >>> import torch
-    >>> RivalConvNet("mondeq", widths=[4], image_size=8)(torch.randn(3, 1, 8, 8)).shape
+    >>> BaselineConvNet("mondeq", widths=[4], image_size=8)(torch.randn(3, 1, 8, 8)).shape
     torch.Size([3, 10])
     """
 

@@ -5,21 +5,21 @@ from perron import certify
 from perron.models import (
     CONVOLUTIONAL_CORES,
     CORES,
-    RivalConvNet,
-    RivalNet,
+    BaselineConvNet,
+    BaselineNet,
     SubhomogeneousConvNet,
     SubhomogeneousLinearNet,
     matched_width,
     parameter_count,
 )
-from perron.nn import Equilibrium, NeuralODE, PlainLinear, PositiveConcaveLinear
+from perron.nn import Equilibrium, NeuralODE, PositiveConcaveLinear, UnconstrainedLinear
 
 
 @pytest.mark.parametrize("core", list(CORES))
 def test_every_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
     torch.manual_seed(0)
-    width = matched_width(lambda w: RivalNet(core, 64, 10, width=w), 5000)
-    net = RivalNet(core, 64, 10, width=width)
+    width = matched_width(lambda w: BaselineNet(core, 64, 10, width=w), 5000)
+    net = BaselineNet(core, 64, 10, width=width)
     assert abs(parameter_count(net) - 5000) <= 150
     x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
     torch.nn.functional.cross_entropy(net(x), y).backward()
@@ -32,8 +32,8 @@ def test_every_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
 @pytest.mark.parametrize("core", list(CONVOLUTIONAL_CORES))
 def test_every_convolutional_core_trains_and_has_the_parameters_asked_for(core: str) -> None:
     torch.manual_seed(0)
-    width = matched_width(lambda w: RivalConvNet(core, 1, 10, widths=[w], image_size=8), 2500)
-    net = RivalConvNet(core, 1, 10, widths=[width], image_size=8)
+    width = matched_width(lambda w: BaselineConvNet(core, 1, 10, widths=[w], image_size=8), 2500)
+    net = BaselineConvNet(core, 1, 10, widths=[width], image_size=8)
     assert abs(parameter_count(net) - 2500) <= 300
     x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
     torch.nn.functional.cross_entropy(net(x), y).backward()
@@ -41,7 +41,7 @@ def test_every_convolutional_core_trains_and_has_the_parameters_asked_for(core: 
     layers = [m for m in net.modules() if isinstance(m, Equilibrium)]
     assert len(layers) == (core not in ("explicit", "no-equilibrium"))
     assert all(m.last_solution.converged.all() for m in layers)
-    several = RivalConvNet(core, 3, 5, widths=[3, 4], image_size=8)
+    several = BaselineConvNet(core, 3, 5, widths=[3, 4], image_size=8)
     assert several(torch.rand(2, 3, 8, 8)).shape == (2, 5)
 
 
@@ -66,7 +66,7 @@ def test_reference_subhomogeneous_networks(weights: str) -> None:
 
 def test_the_twin_without_equilibrium_is_the_layer_with_zero_weights() -> None:
     torch.manual_seed(0)
-    twin = RivalNet("no-equilibrium", 64, 10, width=20)
+    twin = BaselineNet("no-equilibrium", 64, 10, width=20)
     layer = PositiveConcaveLinear(20, 20, injection="pre")
     with torch.no_grad():
         layer.recurrent.weight = torch.zeros(20, 20)
@@ -76,7 +76,7 @@ def test_the_twin_without_equilibrium_is_the_layer_with_zero_weights() -> None:
 
 def test_an_unknown_core_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="mondeq"):
-        RivalNet("lstm")
+        BaselineNet("lstm")
 
 
 def test_ode_against_the_exact_flow() -> None:
@@ -95,9 +95,9 @@ def test_ode_against_the_exact_flow() -> None:
 
 def test_a_plain_layer_is_certified_by_its_weights_or_not_at_all() -> None:
     torch.manual_seed(0)
-    layer = PlainLinear(4, 8, initial_radius=8.0)
+    layer = UnconstrainedLinear(4, 8, initial_radius=8.0)
     assert not layer.certificate()
-    small = PlainLinear(4, 8, initial_radius=0.1)
+    small = UnconstrainedLinear(4, 8, initial_radius=0.1)
     assert small.certificate().kind == "bounded gain"
     assert small.solve(-torch.randn(3, 4)).certified
-    assert PlainLinear(8, 8, injection="given", initial_radius=0.1).solve(-torch.rand(3, 8)).certified
+    assert UnconstrainedLinear(8, 8, injection="given", initial_radius=0.1).solve(-torch.rand(3, 8)).certified
