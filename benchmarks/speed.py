@@ -41,7 +41,7 @@ from perron._files import read_json, write_json
 from perron.cells import Activate, Inject
 from perron.nn import Equilibrium
 from perron.solvers import Anderson, Auto, Broyden, Compiled, Newton, Picard
-from perron.studies.compare import peak_memory
+from perron.studies.images import peak_memory
 
 TARGET = 1e-4
 STEPS = {"easy": 8, "middle": 20, "hard": 60}

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
+from perron._errors import UsageError
+
 try:
     import fcntl
 except ImportError:  # pragma: no cover
@@ -22,7 +24,7 @@ except ImportError:  # pragma: no cover
 __all__ = ["BusyError", "lock", "new_folder", "read_json", "replacing", "whole", "write_json"]
 
 
-class BusyError(RuntimeError):
+class BusyError(UsageError):
     """Another process writes there; the message says which."""
 
 

@@ -114,71 +114,61 @@ def _whole(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"whole numbers separated by commas are needed, got {text!r}") from error
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _kernels(arguments: argparse.Namespace) -> str:
-    common = {"data_dir": arguments.data_dir, "write": lambda line: print(line, flush=True)}
+    given = vars(arguments)
     if arguments.topic == "depth":
-        from perron.studies.depth import compare_depths
+        from perron.studies.depth import Depth
 
-        return compare_depths(arguments.data, arguments.depths, arguments.runs, images=arguments.images, **common)
-    from perron.studies.equivalents import KernelSettings, compare_kernels
+        options = {k: given[k] for k in ("data", "images", "data_dir")}
+        return Depth(depths=tuple(arguments.depths), **options).run(arguments.runs, write=_say)
+    from perron.studies.kernels import Kernels
 
-    settings = KernelSettings(
-        arguments.data, arguments.activation, arguments.sa, arguments.images, arguments.kernel_images
-    )
-    return compare_kernels(settings, arguments.widths, arguments.seeds, arguments.runs, **common)
+    options = {k: given[k] for k in ("data", "activation", "sa", "seeds", "images", "kernel_images", "data_dir")}
+    return Kernels(widths=tuple(arguments.widths), **options).run(arguments.runs, write=_say)
 
 
 def _fit_graph(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
-    from perron.training.graphs import PROPAGATIONS, GraphSettings, fit_graph
+    from perron.studies.graphs import PROPAGATIONS, Graphs
 
     parser = argparse.ArgumentParser(prog=f"perron fit {arguments.target}")
     parser.add_argument("--splits", type=int, default=5, help="random splits (default 5)")
     parser.add_argument("--models", default=",".join(PROPAGATIONS), help="names, separated by commas (default all)")
-    parser.add_argument("--epochs", type=int, default=GraphSettings.epochs, help="at most (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=Graphs.epochs, help="at most (default %(default)s)")
     options = parser.parse_args(rest)
-    return fit_graph(
-        arguments.target,
-        options.models.split(","),
-        options.splits,
-        GraphSettings(epochs=options.epochs),
-        arguments.runs,
+    study = Graphs(
+        data=arguments.target,
+        models=tuple(options.models.split(",")),
+        splits=options.splits,
+        epochs=options.epochs,
         data_dir=arguments.data_dir,
-        write=lambda line: print(line, flush=True),
     )
+    return study.run(arguments.runs, write=_say)
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from perron.studies.compare import Settings, compare
+    from perron.studies.distribute import Ray
+    from perron.studies.images import Images
 
-    settings = Settings(
-        arguments.target,
-        arguments.parameters,
-        arguments.epochs,
-        prove_training=arguments.prove_training,
-        limit=arguments.limit,
-        network=arguments.network,
-        penalty=arguments.penalty,
-        penalty_weight=arguments.penalty_weight,
-    )
-    cores = arguments.models.split(",") if arguments.models else list(settings.cores)
-    return compare(
-        cores,
-        arguments.seeds,
-        settings,
-        arguments.runs,
+    names = ("network", "seeds", "epochs", "parameters", "prove_training", "penalty", "penalty_weight", "limit")
+    study = Images(
+        data=arguments.target,
+        models=tuple(arguments.models.split(",")) if arguments.models else (),
         data_dir=arguments.data_dir,
-        budget=arguments.budget,
-        ray=arguments.ray,
-        write=lambda line: print(line, flush=True),
+        **{name: vars(arguments)[name] for name in names},
     )
+    executor = Ray() if arguments.ray else None
+    return study.run(arguments.runs, budget=arguments.budget, executor=executor, write=_say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Expected errors are printed in one line, without a traceback."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        from perron._files import BusyError
-        from perron.data import DataError
+        from perron._errors import UsageError
         from perron.data.graphs import GRAPHS
         from perron.training import run
     except ImportError as error:
@@ -188,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command in ("compare", "kernels"):
             if rest:
-                raise run.UsageError(f"unknown options: {' '.join(rest)}")
+                raise UsageError(f"unknown options: {' '.join(rest)}")
             print((_compare if arguments.command == "compare" else _kernels)(arguments))
         elif arguments.command == "fit" and arguments.target in GRAPHS:
             print(_fit_graph(arguments, rest))
@@ -197,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config is None and Path(arguments.target).suffix in (".yaml", ".yml"):
                 config = Path(arguments.target)
             if config is None or not config.is_file():
-                raise run.UsageError(
+                raise UsageError(
                     f"no preset {arguments.target!r}; choose one of {', '.join(presets())}, or a .yaml file"
                 )
             run.fit(config, arguments.runs, arguments.data_dir, rest, resume=arguments.resume, command=command)
@@ -207,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(run.certify_run(loaded, arguments.data))
             else:
                 print(getattr(run, arguments.command)(loaded))
-    except (BusyError, DataError, run.UsageError) as error:
+    except UsageError as error:
         print(f"perron: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

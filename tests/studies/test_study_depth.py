@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from perron._errors import UsageError
 from perron.cli import main
-from perron.studies.depth import compare_depths
-from perron.training.run import UsageError
+from perron.studies.depth import Depth
 
 
 def test_table_page_and_command(tmp_path, capsys) -> None:
@@ -12,9 +12,9 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
     table = capsys.readouterr().out
     assert "| abs, centred | 0.000 | 0.000 | 2.752 | nearest neighbour |" in table
     assert "underflows at depth 40" in table
-    folder = tmp_path / "kernels" / "depth-digits-150-images"
+    folder = tmp_path / "depth" / "digits-150-images"
     assert (folder / "report.html").read_text().count("<svg") == 4
-    found = json.loads((folder / "depth.json").read_text())
+    found = json.loads((folder / "summary.json").read_text())
     rows = {row["activation"]: row for row in found["results"]}
     # A vote of all is as good as a guess; the others are classifiers.
     assert rows["sigmoid"]["limit"] < 0.3
@@ -31,7 +31,7 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
     before = json.loads(half.read_text())
     half.write_text('{"accuracy": 0.')
     lines: list[str] = []
-    again = compare_depths("digits", [1, 40], tmp_path, images=150, write=lines.append)
+    again = Depth(depths=(1, 40), images=150).run(tmp_path, write=lines.append)
     assert "| 12.50% (50%) |" in again
     assert json.loads(half.read_text()) == before
     # One of these was measured by nobody knows which version, and the page says so.
@@ -43,6 +43,6 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
 def test_misuse(tmp_path, capsys) -> None:
     assert main(["kernels", "depth", "--data", "letters", "--runs", str(tmp_path)]) == 2
     assert "letters" in capsys.readouterr().err
-    for depths, images in (([], 100), ([0], 100), ([1], 3)):
+    for depths, images in (((), 100), ((0,), 100), ((1,), 3)):
         with pytest.raises(UsageError, match="at least"):
-            compare_depths("digits", depths, tmp_path, images=images)
+            Depth(depths=depths, images=images).run(tmp_path)

@@ -1,51 +1,8 @@
-import json
-
 import pytest
 import torch
 
-from perron._files import BusyError, lock
-from perron.training.records import (
-    UsageError,
-    WholeCheckpoints,
-    differences,
-    measured,
-    read_checkpoint,
-    result_of,
-    study,
-    versions,
-)
-
-IDENTITY, KEYS = {"core": "deq", "seed": 0}, ("accuracy",)
-
-
-def test_only_a_whole_result_of_the_same_thing_counts(tmp_path) -> None:
-    path = tmp_path / "deq-seed-0.json"
-    whole = {**IDENTITY, "accuracy": 0.5}
-    for text in ("", '{"core": "deq", "accuracy": 0.', "[]", json.dumps({**whole, "seed": 1}), json.dumps(IDENTITY)):
-        path.write_text(text)
-        assert result_of(path, IDENTITY, KEYS) is None
-        assert measured(path, IDENTITY, KEYS, lambda: {"accuracy": 0.25})["accuracy"] == 0.25
-        assert json.loads(path.read_text()) == {**IDENTITY, "accuracy": 0.25, "versions": versions()}
-    path.write_text(json.dumps({"accuracy": 0.5}))
-    assert measured(path, IDENTITY, KEYS, lambda: {"accuracy": 0.25}) == whole
-
-
-def test_a_study_is_of_one_process_and_of_the_same_settings(tmp_path) -> None:
-    settings = {"epochs": 3, "limit": None}
-    with study(tmp_path, settings), pytest.raises(BusyError, match="process"), study(tmp_path, settings):
-        pass
-    other = pytest.raises(UsageError, match=r"other settings \(epochs is 3 there, 4 was given\)")
-    with other, study(tmp_path, {"epochs": 4, "limit": None}):
-        pass
-    # A setting that came later.
-    with study(tmp_path, {"epochs": 3, "limit": None, "network": "linear"}, {"network": "linear"}):
-        pass
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(UsageError, match=r"settings\.json is damaged"), study(tmp_path, {"epochs": 3}):
-        pass
-    assert (tmp_path / "settings.json").read_text() == "{"
-    with lock(tmp_path / ".lock"):
-        pass
+from perron._errors import UsageError
+from perron.training.records import WholeCheckpoints, differences, read_checkpoint
 
 
 def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(tmp_path, monkeypatch) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
+from perron._errors import UsageError
 from perron.data.sources import (
     CLASSES,
     Arrays,
@@ -28,7 +29,7 @@ from perron.data.sources import (
     read_svhn,
 )
 
-__all__ = ["CIFAR10", "DATA_MODULES", "MNIST", "SVHN", "Digits", "FashionMNIST", "ImageData"]
+__all__ = ["CIFAR10", "DATA_MODULES", "MNIST", "SVHN", "Digits", "FashionMNIST", "ImageData", "image_data"]
 
 
 class _EpochBatches(Sampler[list[int]]):
@@ -224,3 +225,14 @@ class SVHN(ImageData):
 
 
 DATA_MODULES: dict[str, type[ImageData]] = {c.name: c for c in (Digits, MNIST, FashionMNIST, CIFAR10, SVHN)}
+
+
+def image_data(name: str) -> type[ImageData]:
+    """The data module of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in DATA_MODULES:
+        raise UsageError(f"unknown data {name!r}; choose one of {', '.join(DATA_MODULES)}")
+    return DATA_MODULES[name]

@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from perron._errors import UsageError
+
 __all__ = ["CLASSES", "DataError", "read_cifar10", "read_digits", "read_fashion_mnist", "read_mnist", "read_svhn"]
 
 Split = Literal["train", "test"]
@@ -56,7 +58,7 @@ _HELP = {
 }
 
 
-class DataError(RuntimeError):
+class DataError(UsageError):
     """A data file is missing or damaged; the message names it and says how to get it."""
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
 from perron.report.tables import (
@@ -25,7 +24,7 @@ from perron.report.tables import (
     strips,
 )
 
-__all__ = ["text_table", "write_comparison"]
+__all__ = ["COLUMNS", "by_core", "write_comparison"]
 
 
 def _certificate(results: Results) -> str:
@@ -43,7 +42,7 @@ def _all(results: Results, key: str) -> str:
     return ", ".join(f"{number:,}" for number in sorted({r[key] for r in results}))
 
 
-_COLUMNS: Columns = {
+COLUMNS: Columns = {
     "model": lambda r: r[0]["core"],
     "test accuracy": lambda r: spread([x["accuracy"] for x in r], lambda v: f"{100 * v:.2f}") + " %",
     "seeds": lambda r: str(len(r)),
@@ -60,14 +59,10 @@ _COLUMNS: Columns = {
 }
 
 
-def _groups(results: Results) -> list[Results]:
+def by_core(results: Results) -> list[Results]:
+    """The rows of the table, one a model."""
     cores = list(dict.fromkeys(r["core"] for r in results))
     return [[r for r in results if r["core"] == core] for core in cores]
-
-
-def text_table(results: Results) -> str:
-    """A Markdown table, one row a model."""
-    return tables.text_table(_COLUMNS, _groups(results))
 
 
 def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> Path:
@@ -75,7 +70,7 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
 
     Args:
         path: of the HTML file.
-        results: of every run, as `perron.studies.compare` measures them.
+        results: of every run, as `perron.studies.images` measures them.
         settings: common to all runs.
     """
     common = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
@@ -86,7 +81,7 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
         f"{escape(said_versions(results))}; threads: {_all(results, 'threads')}. "
         "The network around the core, the split, the batches and the optimiser are the "
         "same for all.</p>",
-        html_table(_COLUMNS, _groups(results)),
+        html_table(COLUMNS, by_core(results)),
         "<p>Forward and backward: evaluations of f, and products with its Jacobian, per sample in the last epoch of "
         "training (neural ODEs: evaluations of the right-hand side in the last batch of the test). Proven: samples of the test set "
         "whose enclosure is proven. Depth: the least number of evaluations of f from zero with which the same weights are "
@@ -99,7 +94,7 @@ def write_comparison(path: Path, results: Results, settings: dict[str, Any]) -> 
 
 
 def _grouped(results: Results, key: str) -> dict[str, list[float]]:
-    return {group[0]["core"]: [r[key] for r in group] for group in _groups(results)}
+    return {group[0]["core"]: [r[key] for r in group] for group in by_core(results)}
 
 
 def _accuracy(axes: Axes, results: Results) -> None:

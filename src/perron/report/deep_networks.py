@@ -9,12 +9,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
 from perron.report.tables import Columns, Results, html_table
 
-__all__ = ["text_table", "write_depth"]
+__all__ = ["columns", "write_depth"]
 
 _FACTS: Columns = {
     "activation": lambda r: r[0]["activation"],
@@ -27,11 +26,17 @@ _FACTS: Columns = {
 }
 
 
-def _columns(results: Results) -> Columns:
+def columns(results: Results) -> Columns:
+    """One row an activation: accuracies, and in brackets how many labels are those of the limit."""
+
     def cell(depth: int) -> Any:
         def show(rows: Results) -> str:
             found = rows[0]["depths"].get(depth)
-            return "-" if found is None else f"{found['accuracy']:.2%} ({found['agreement']:.0%})"
+            return (
+                "-"
+                if found is None or found["accuracy"] is None
+                else f"{found['accuracy']:.2%} ({found['agreement']:.0%})"
+            )
 
         return show
 
@@ -39,17 +44,12 @@ def _columns(results: Results) -> Columns:
     return {**_FACTS, **{f"depth {d}": cell(d) for d in depths}}
 
 
-def text_table(results: Results) -> str:
-    """A Markdown table, one row an activation: accuracies, and in brackets how many labels are those of the limit."""
-    return tables.text_table(_columns(results), [[r] for r in results])
-
-
 def write_depth(path: Path, results: Sequence[Mapping[str, Any]], toy: Mapping[str, Any], facts: str) -> Path:
     """Write the page and return its path.
 
     Args:
         path: of the HTML file.
-        results: one for each activation, as `perron.studies.depth.compare_depths` makes them.
+        results: one for each activation, as `perron.studies.depth` makes them.
         toy: votes and errors of the three classifiers on an arc.
         facts: about the data and the version.
     """
@@ -58,7 +58,7 @@ def write_depth(path: Path, results: Sequence[Mapping[str, Any]], toy: Mapping[s
         f"<h1>{title}</h1>",
         f"<p class='soft'>{escape(facts)}. Tangent kernels of explicit networks of infinite width; in brackets, how many "
         "labels are those of infinite depth.</p>",
-        html_table(_columns(results), [[r] for r in results]),
+        html_table(columns(results), [[r] for r in results]),
         "<h2>How fast</h2>",
         grid(
             svg(lambda axes: _depths(axes, results, "agreement", "labels as in the limit, %")),
@@ -76,7 +76,7 @@ def write_depth(path: Path, results: Sequence[Mapping[str, Any]], toy: Mapping[s
 def _depths(axes: Axes, results: Results, key: str, label: str) -> None:
     styles = {"majority vote": ":", "singular kernel": "-", "nearest neighbour": "--"}
     for row in results:
-        depths = sorted(row["depths"])
+        depths = sorted(d for d, found in row["depths"].items() if found[key] is not None)
         values = [100 * row["depths"][d][key] for d in depths]
         axes.plot(depths, values, "o" + styles[row["kind"]], markersize=4, label=row["activation"])
     axes.set(title="Agreement" if key == "agreement" else "Accuracy", xlabel="depth", ylabel=label, xscale="log")

@@ -13,12 +13,11 @@ from matplotlib.axes import Axes
 
 from perron.infinite_width import Match
 from perron.infinite_width.readout import MODELS, Spectra
-from perron.report import tables
 from perron.report.figures import svg
 from perron.report.html import grid, write_page
 from perron.report.tables import Columns, Results, html_table, said_versions, spread
 
-__all__ = ["text_table", "write_kernels"]
+__all__ = ["COLUMNS", "by_width_and_model", "distances", "write_kernels"]
 
 
 def _digits(value: float) -> str:
@@ -26,7 +25,7 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-_COLUMNS: Columns = {
+COLUMNS: Columns = {
     "model": lambda r: r[0]["model"],
     "width": lambda r: f"{r[0]['width']:,}",
     "test accuracy": lambda r: spread([100 * x["test"] for x in r], lambda v: f"{v:.2f}") + " %",
@@ -37,26 +36,26 @@ _COLUMNS: Columns = {
 }
 
 
-def _groups(results: Results) -> list[Results]:
-    """By width and model, with the median time in comparison with that of the implicit model of this width."""
+def by_width_and_model(results: Results) -> list[Results]:
+    """The rows of the table, with the median time in comparison with that of the implicit model of this width."""
     groups: list[Results] = []
     for width in dict.fromkeys(r["width"] for r in results):
-        times = {}
-        for model in MODELS:
-            rows = [r for r in results if r["width"] == width and r["model"] == model]
-            times[model] = statistics.median(r["seconds per sample"] for r in rows)
-            groups.append([{**r, "against implicit": f"{times['implicit'] / times[model]:.1f}x faster"} for r in rows])
+        rows = {name: [r for r in results if r["width"] == width and r["model"] == name] for name in MODELS}
+        times = {
+            name: statistics.median(r["seconds per sample"] for r in found) for name, found in rows.items() if found
+        }
+        for name, time in times.items():
+            against = f"{times['implicit'] / time:.1f}x faster" if "implicit" in times else "-"
+            groups.append([{**r, "against implicit": against} for r in rows[name]])
     return groups
 
 
-def text_table(results: Results, found: Spectra) -> str:
-    """A Markdown table, one row for each model and width; and the distances of the kernels."""
-    distances = ", ".join(f"{name} {found.distance[name]:.5f}" for name in MODELS[1:])
+def distances(results: Results, found: Spectra) -> str:
+    """How far the kernels are apart, and how fast features approach theirs, in words."""
+    apart = ", ".join(f"{name} {found.distance[name]:.5f}" for name in MODELS[1:])
     powers = ", ".join(f"{name} {p:.2f}" for name in MODELS if (p := _power(results, name)) is not None)
     approach = f"features approach their kernels with the width to the power: {powers}\n" if powers else ""
-    return f"relative operator-norm distance to the implicit kernel: {distances}\n{approach}" + tables.text_table(
-        _COLUMNS, _groups(results)
-    )
+    return f"relative operator-norm distance to the implicit kernel: {apart}\n{approach}"
 
 
 def write_kernels(
@@ -81,13 +80,13 @@ def write_kernels(
     measured_by = said_versions([{"versions": versions}, *results])
     layers = ", then ".join(str(a) for a in match.activations)
     residuals = ", ".join(f"{float(r):.1e}" for r in match.residuals)
-    distances = "; ".join(f"{name} <b>{found.distance[name]:.5f}</b>" for name in MODELS[1:])
+    apart = "; ".join(f"{name} <b>{found.distance[name]:.5f}</b>" for name in MODELS[1:])
     parts = [
         "<h1>An equilibrium network and its explicit equivalent</h1>",
         f"<p class='soft'>{escape(common)}; {escape(measured_by)}. "
         "Images centered, every one of unit norm; frozen random features, ridge read-out.</p>",
         f"<div class='card'><p>Matched: {escape(layers)}. Relative residuals of the four equations: {residuals}.</p>"
-        f"<p>Relative operator-norm distance to the kernel of the equilibrium network, at infinite width: {distances}. "
+        f"<p>Relative operator-norm distance to the kernel of the equilibrium network, at infinite width: {apart}. "
         "This is the judge: accuracies of all three agree, matched or not.</p></div>",
         grid(
             svg(lambda axes: _spectra(axes, found)),
@@ -97,7 +96,7 @@ def write_kernels(
             svg(lambda axes: _monte_carlo(axes, results)),
             svg(lambda axes: _times(axes, results)),
         ),
-        html_table(_COLUMNS, _groups(results)),
+        html_table(COLUMNS, by_width_and_model(results)),
     ]
     return write_page(path, "An equilibrium network and its explicit equivalent", "".join(parts))
 
@@ -128,7 +127,7 @@ def _overlap(axes: Axes, found: Spectra) -> None:
 
 
 def _by_width(results: Results, model: str, key: str) -> tuple[list[int], list[list[float]]]:
-    widths = sorted({r["width"] for r in results})
+    widths = sorted({r["width"] for r in results if r["model"] == model})
     return widths, [[r[key] for r in results if r["width"] == w and r["model"] == model] for w in widths]
 
 

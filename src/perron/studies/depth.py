@@ -1,107 +1,142 @@
-"""`perron kernels depth`: explicit networks of infinite width at several depths, and the classifiers they are in the limit."""
+"""Explicit networks of infinite width at several depths, and the classifiers that they are in the limit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perron._files import write_json
+from perron._errors import UsageError
+from perron.data import image_data
 from perron.infinite_width import DepthLimit, deep_classify, depth_limit, optimal_activation
-from perron.report.deep_networks import text_table, write_depth
-from perron.report.tables import said_versions
-from perron.studies.equivalents import known_data, load_splits
-from perron.training.records import UsageError, measured, study, versions
+from perron.infinite_width.readout import Split
+from perron.report.deep_networks import columns, write_depth
+from perron.report.tables import Columns, Results, said_versions
+from perron.studies.kernels import load_splits
+from perron.studies.study import Sitting, Study, Trial
+from perron.training.records import versions
 
-__all__ = ["compare_depths"]
+__all__ = ["Depth", "DepthTrial"]
 
 # Activation, and whether its mean is taken off.
-_ACTIVATIONS = (
-    ("relu", False),
-    ("swish", False),
-    ("sigmoid", False),
-    ("relu", True),
-    ("tanh", False),
-    ("abs", True),
-)
-# What the table and the page are made of.
-_KEYS = ("accuracy", "agreement")
+_ACTIVATIONS = {
+    "relu": ("relu", False),
+    "swish": ("swish", False),
+    "sigmoid": ("sigmoid", False),
+    "relu, centred": ("relu", True),
+    "tanh": ("tanh", False),
+    "abs, centred": ("abs", True),
+}
 # Share of labels of the toy that are wrong: the least possible error.
 _NOISE = 0.2
 _TOY_SIZES, _TOY_TEST = (30, 100, 300, 1000, 2000), 2000
 
 
-def compare_depths(
-    data: str,
-    depths: Sequence[int],
-    root: Path,
-    *,
-    images: int = 2000,
-    data_dir: str | None = None,
-    write: Callable[[str], None] = print,
-) -> str:
-    """Classify test images in the limit and at every depth that has no result yet, for activations of all three kinds.
+@dataclass(frozen=True, kw_only=True)
+class DepthTrial(Trial):
+    """An activation, of which there are three kinds, and a number of layers."""
 
-    Args:
-        data: a name in `perron.data.DATA_MODULES`.
-        depths: numbers of layers.
-        root: folder of all runs; results go to kernels/depth-<data>-<images>-images in it.
+    activation: str
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth(Study[DepthTrial]):
+    """Classify by explicit networks at several depths, and in the limit of their depth; writes a table and a page.
+
+    Attributes:
+        data: name of the data set: digits, mnist, fashion-mnist, cifar10, svhn.
+        depths: numbers of layers, separated by commas.
         images: training and test images, at most.
-        data_dir: folder of the data files.
-        write: takes a line of progress.
-
-    Returns:
-        the table, and where the page is that it writes.
-
-    Raises:
-        UsageError: unknown data, numbers out of range, or settings other than those of earlier results.
-        BusyError: another process works in the same folder.
+        data_dir: folder of the data files (default $PERRON_DATA).
     """
-    if not depths or min(depths) < 1 or images < 20:
-        raise UsageError("depths must be at least 1, and images at least 20")
-    splits = load_splits(known_data(data)(data_dir=data_dir), images)
-    train, test = splits["train"], splits["test"]
-    X_test, y_test = test.X[:images], test.y[:images]
-    folder = root / "kernels" / f"depth-{data}-{images}-images"
-    results: list[dict[str, Any]] = []
 
-    def measure(name: str, centred: bool, depth: int, wanted: Tensor) -> dict[str, float]:
-        found = deep_classify(train.X, train.y, X_test, name, depth, centred=centred)
-        return {"accuracy": _share(found == y_test), "agreement": _share(found == wanted)}
+    trial = DepthTrial
+    free = frozenset({"depths", "data_dir"})
+    measures = ("accuracy", "agreement")
 
-    with study(folder, {"data": data, "images": images}):
-        for name, centred in _ACTIVATIONS:
-            limit = depth_limit(name, centred=centred)
-            wanted = limit.classify(train.X, train.y, X_test)
-            row = {**_facts(limit), "limit": _share(wanted == y_test), "depths": {}}
-            write(f"{row['activation']}: {row['kind']}, {row['limit']:.2%} of test images right in the limit")
-            for depth in depths:
-                path = folder / f"{name}{'-centred' if centred else ''}-depth-{depth}.json"
-                identity = {"activation": row["activation"], "depth": depth}
-                try:
-                    shares = measured(path, identity, _KEYS, partial(measure, name, centred, depth, wanted))
-                except ValueError as error:
-                    write(f"{row['activation']}, depth {depth}: {error}")
-                    continue
-                row["depths"][depth] = shares
-                write(
-                    f"{row['activation']}, depth {depth}: {shares['accuracy']:.2%} right, {shares['agreement']:.2%} as in the limit"
-                )
-            results.append(row)
-        toy = _toy()
-        write_json(folder / "depth.json", {"results": results, "toy": toy["errors"], "versions": versions()})
-        measured_by = said_versions(
-            [{"versions": versions()}, *(shares for row in results for shares in row["depths"].values())]
-        )
-        facts = f"{data}, {len(train.y):,} training and {len(y_test):,} test images; {measured_by}"
-        page = write_depth(folder / "report.html", results, toy, facts)
-    return f"{text_table(results)}\npage: {page}"
+    data: str = "digits"
+    depths: tuple[int, ...] = (1, 4, 16, 64, 256)
+    images: int = 2000
+    data_dir: str | None = None
+
+    @property
+    def folder(self) -> str:
+        return f"depth/{self.data}-{self.images}-images"
+
+    def check(self) -> None:
+        image_data(self.data)
+        if not self.depths or min(self.depths) < 1 or self.images < 20:
+            raise UsageError("depths must be at least 1, and images at least 20")
+
+    def prepare(self) -> None:
+        _ = self._splits
+
+    def trials(self) -> list[DepthTrial]:
+        return [DepthTrial(activation=name, depth=depth) for name in _ACTIVATIONS for depth in self.depths]
+
+    def rank(self, trial: DepthTrial) -> tuple[int, int]:
+        return list(_ACTIVATIONS).index(trial.activation), trial.depth
+
+    @cached_property
+    def _splits(self) -> tuple[Split, Split]:
+        """Training and test images."""
+        splits = load_splits(image_data(self.data)(data_dir=self.data_dir), self.images)
+        return splits["train"], Split(splits["test"].X[: self.images], splits["test"].y[: self.images])
+
+    @cached_property
+    def _limits(self) -> dict[str, tuple[DepthLimit, Tensor]]:
+        """Of each activation: the classifier in the limit, and its labels of the test images."""
+        train, test = self._splits
+        limits = {name: depth_limit(phi, centred=centred) for name, (phi, centred) in _ACTIVATIONS.items()}
+        return {name: (limit, limit.classify(train.X, train.y, test.X)) for name, limit in limits.items()}
+
+    def measure(self, trial: DepthTrial, sitting: Sitting) -> dict[str, Any]:
+        (train, test), (phi, centred) = self._splits, _ACTIVATIONS[trial.activation]
+        try:
+            found = deep_classify(train.X, train.y, test.X, phi, trial.depth, centred=centred)
+        except ValueError as error:
+            # Deeper than float64 can tell: that is what was found.
+            return {"accuracy": None, "agreement": None, "reason": str(error)}
+        wanted = self._limits[trial.activation][1]
+        return {"accuracy": _share(found == test.y), "agreement": _share(found == wanted)}
+
+    def said(self, result: Mapping[str, Any]) -> str:
+        if result["accuracy"] is None:
+            return str(result["reason"])
+        return f"{result['accuracy']:.2%} right, {result['agreement']:.2%} as in the limit"
+
+    def columns(self, results: Results) -> Columns:
+        return columns(self._rows(results))
+
+    def groups(self, results: Results) -> list[Results]:
+        return [[row] for row in self._rows(results)]
+
+    def _rows(self, results: Results) -> list[dict[str, Any]]:
+        """One for each activation: facts of its limit, and the results of its depths."""
+        names, test = dict.fromkeys(r["activation"] for r in results), self._splits[1]
+        rows = []
+        for name in names:
+            limit, wanted = self._limits[name]
+            depths = {r["depth"]: r for r in results if r["activation"] == name}
+            right = _share(wanted == test.y)
+            rows.append({"activation": name, **_facts(limit), "limit": right, "depths": depths})
+        return rows
+
+    def summary(self, results: Results) -> dict[str, Any]:
+        return {"results": self._rows(results), "toy": _toy()["errors"]}
+
+    def page(self, path: Path, results: Results) -> None:
+        train, test = self._splits
+        measured_by = said_versions([{"versions": versions()}, *results])
+        facts = f"{self.data}, {len(train.y):,} training and {len(test.y):,} test images; {measured_by}"
+        write_depth(path, self._rows(results), _toy(), facts)
 
 
 def _share(right: Tensor) -> float:
@@ -110,7 +145,6 @@ def _share(right: Tensor) -> float:
 
 def _facts(limit: DepthLimit) -> dict[str, Any]:
     return {
-        "activation": f"{limit.phi.name}{', centred' if limit.centred else ''}",
         "kind": limit.kind,
         "mean": limit.mean,
         "slope": limit.slope,
@@ -142,6 +176,7 @@ class _Arc:
         return cls(angle, cls.truth(angle) ^ wrong.long())
 
 
+@cache
 def _toy() -> dict[str, Any]:
     """The three classifiers on the arc: their votes along it, and their errors as the training set grows."""
     limits = {

@@ -1,77 +1,65 @@
-"""The runs of a comparison spread over processes and machines by Ray Tune: `perron compare mnist --ray`."""
+"""The trials of a study spread over processes and machines by Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-from perron.studies.compare import Run
-from perron.training.records import UsageError
+from perron._errors import UsageError
+from perron.studies.study import Job
 
-__all__ = ["spread"]
-
-
-def _trial(config: dict[str, Any]) -> None:
-    """One run in a process of its own; its progress goes to the trial's log."""
-    config["run"](lambda line: print(line, flush=True))
+__all__ = ["Ray"]
 
 
-def spread(runs: Sequence[Run], write: Callable[[str], None]) -> None:
-    """Train all runs, one a trial, as many at a time as there are processors (or GPUs, where there are any).
+class Ray:
+    """As many jobs at a time as there are processors, or GPUs where there are any.
 
     Uses the cluster at $RAY_ADDRESS, or starts one on this machine. Every machine writes its results into the folder of
-    the runs, which all of them must share; what is interrupted goes on at the next call, with Ray or without.
-
-    Raises:
-        UsageError: Ray is not installed, or a trial failed; the others are finished first.
+    the study, which all of them must share; what is interrupted goes on at the next call, with Ray or without. The
+    progress of a job goes to its worker's log.
     """
-    # This process computes nothing itself, and Ray's questions about its environment have an answer.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-        from ray import tune
-    except ImportError as error:
-        raise UsageError(f"--ray needs Ray Tune: pip install perron[tune] ({error})") from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.WARNING)
-    gpus = ray.cluster_resources().get("GPU", 0)
-    write(f"{len(runs)} runs on {ray.cluster_resources().get('CPU', 0):.0f} processors and {gpus:.0f} GPUs")
-    try:
-        tuner = tune.Tuner(
-            tune.with_resources(_trial, {"cpu": 1, "gpu": 1 if gpus else 0}),
-            param_space={"run": tune.grid_search(list(runs))},
-            tune_config=tune.TuneConfig(trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}"),
-            run_config=tune.RunConfig(
-                name="ray", storage_path=str(runs[0].folder), verbose=0, callbacks=[_lines_of(write)]
-            ),
-        )
-        failed = [str(e) for e in tuner.fit().errors]
-    finally:
+
+    def run(self, jobs: Sequence[Job], write: Callable[[str], None]) -> Iterator[Job]:
+        """Call every job, and yield it when it is over.
+
+        Raises:
+            UsageError: Ray is not installed.
+        """
+        if not jobs:
+            return
+        # This process computes nothing itself, and Ray's question about its environment has an answer.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(f"--ray needs Ray: pip install perron[tune] ({error})") from error
+        started = not ray.is_initialized()
         if started:
-            ray.shutdown()
-    if failed:
-        raise UsageError(f"{len(failed)} of {len(runs)} runs failed; the first: {failed[0].strip().splitlines()[-1]}")
+            address = os.environ.get("RAY_ADDRESS")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        tasks: dict[ray.ObjectRef, Job] = {}
+        try:
+            gpus = ray.cluster_resources().get("GPU", 0)
+            processors = ray.cluster_resources().get("CPU", 0)
+            write(f"{len(jobs)} trials on {processors:.0f} processors and {gpus:.0f} GPUs")
+            remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)(_call)
+            tasks = {remote.remote(job): job for job in jobs}
+            while tasks:
+                (over,), _ = ray.wait(list(tasks), num_returns=1)
+                job = tasks.pop(over)
+                try:
+                    ray.get(over)
+                except ray.exceptions.RayError as error:
+                    job.fail(f"{' '.join(str(error).split())}\n")
+                yield job
+        finally:
+            for task in tasks:
+                ray.cancel(task, force=True)
+            if started:
+                ray.shutdown()
 
 
-def _lines_of(write: Callable[[str], None]) -> Any:
-    """Says which runs have begun and ended."""
-    from ray import tune
-
-    class Lines(tune.Callback):
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            write(f"{trial.config['run'].label}: begun")
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            run = trial.config["run"]
-            write(
-                f"{run.label}: " + ("done" if run.found is not None else "interrupted; the same command goes on here")
-            )
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            write(f"{trial.config['run'].label}: failed, see {trial.error_file}")
-
-    return Lines()
+def _call(job: Job) -> None:
+    """In a process of its own."""
+    job(lambda line: print(line, flush=True))

@@ -1,12 +1,11 @@
-"""What runs and studies keep: only what did happen, whole, and written by one process at a time."""
+"""What runs and studies keep of a training: only what did happen, and whole."""
 
 from __future__ import annotations
 
 import importlib
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,17 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import perron
-from perron._files import lock, read_json, whole, write_json
+from perron._errors import UsageError
+from perron._files import whole
 
 __all__ = [
     "BestCheckpoint",
     "Provenance",
-    "UsageError",
     "WholeCheckpoints",
     "differences",
-    "measured",
     "read_checkpoint",
-    "result_of",
-    "study",
     "versions",
 ]
-
-
-class UsageError(RuntimeError):
-    """What was asked for does not exist; the message says what does."""
 
 
 def versions() -> dict[str, str]:
@@ -171,56 +163,3 @@ def _callbacks(options: Mapping[str, Any]) -> dict[str, Any]:
 def _has_state(class_path: str) -> bool:
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name).state_dict is not L.Callback.state_dict
-
-
-@contextmanager
-def study(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """A folder of results that were all measured with these settings, for this process alone.
-
-    Args:
-        folder: is made.
-        settings: kept in settings.json.
-        defaults: of settings that did not exist yet when earlier results were measured.
-
-    Raises:
-        UsageError: the folder holds results with other settings.
-        BusyError: another process works there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
-        path = folder / "settings.json"
-        before = read_json(path)
-        if before is None and path.is_file():
-            raise UsageError(f"{path} is damaged, and with it unknown what the results there were measured with")
-        if before is not None and (changed := differences({**(defaults or {}), **before}, settings, ())):
-            raise UsageError(
-                f"{folder} holds results with other settings ({'; '.join(changed)}); name another --runs folder, or "
-                "delete this one"
-            )
-        write_json(path, dict(settings))
-        yield
-
-
-def result_of(path: Path, identity: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any] | None:
-    """The result in a file; None where there is none, or half of one, or that of something else.
-
-    Args:
-        path: of the JSON.
-        identity: what the result is of; it may be missing in it, but not differ.
-        keys: what a result has.
-    """
-    found = read_json(path)
-    if found is None or any(found.get(k, v) != v for k, v in identity.items()) or not set(keys) <= found.keys():
-        return None
-    return {**identity, **found}
-
-
-def measured(
-    path: Path, identity: Mapping[str, Any], keys: Collection[str], measure: Callable[[], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The result in a file, or else the one that `measure` returns, written there with the versions that measured it."""
-    found = result_of(path, identity, keys)
-    if found is None:
-        found = {**identity, **measure(), "versions": versions()}
-        write_json(path, found)
-    return found

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 import perron
+from perron._errors import UsageError
 from perron._files import lock, new_folder, read_json, replacing, write_json
 from perron.cells.step import Refusal
 from perron.data import ImageData
@@ -31,7 +32,6 @@ from perron.training.module import Classifier
 from perron.training.records import (
     BestCheckpoint,
     Provenance,
-    UsageError,
     WholeCheckpoints,
     differences,
     read_checkpoint,
@@ -41,14 +41,14 @@ from perron.verify import certify_classes
 
 __all__ = [
     "Loaded",
-    "UsageError",
     "certify_run",
     "fit",
-    "ignore_known_warnings",
     "load",
     "predict",
+    "quiet_lightning",
     "report",
     "test",
+    "train",
     "validate",
 ]
 
@@ -95,10 +95,7 @@ class Loaded:
 
 
 def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI:
-    # Lightning's greetings; its warnings stay.
-    logging.getLogger("lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet_lightning()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
         return LightningCLI(
@@ -233,7 +230,7 @@ def _finished(trainer: L.Trainer, state: dict[str, Any]) -> str | None:
 def _trainable(folder: Path, arguments: list[str], provenance: Provenance) -> LightningCLI:
     shown = Progress() if sys.stdout.isatty() else EpochLines(lambda line: print(line, flush=True))
     last = ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    cli = _instantiate(
+    return _instantiate(
         arguments,
         {
             "callbacks": [History(folder), BestCheckpoint(folder / "checkpoints"), last, provenance, shown],
@@ -246,26 +243,36 @@ def _trainable(folder: Path, arguments: list[str], provenance: Provenance) -> Li
             "log_every_n_steps": 1,
         },
     )
-    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
-    return cli
 
 
 def _train(folder: Path, cli: LightningCLI, provenance: Provenance, checkpoint: Path | None) -> None:
     provenance.config = cli.parser.dump(cli.config, skip_none=False)
     with replacing(folder / "config.yaml") as file:
         file.write(provenance.config)
-    ignore_known_warnings()
-    # The checkpoint is the run's own: it also holds plain Python objects.
+    train(cli.trainer, cli.model, cli.datamodule, checkpoint)
+
+
+def train(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:
+    """Fit, from a checkpoint on if there is one, which is the run's own. Ctrl-C stays a KeyboardInterrupt."""
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    _ignore_known_warnings()
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=False)
+        # Its checkpoints also hold plain Python objects.
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     except SystemExit as stop:
-        # Lightning turns Ctrl-C into an exit; the command line says how to go on.
+        # Lightning makes an exit of it; the command line says how to go on.
         raise KeyboardInterrupt from stop
-    if cli.trainer.interrupted:
+    if trainer.interrupted:
         raise KeyboardInterrupt
 
 
-def ignore_known_warnings() -> None:
+def quiet_lightning() -> None:
+    """Without its greetings; its warnings stay."""
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _ignore_known_warnings() -> None:
     """What says nothing to the person at the command line: the data is in memory, and Lightning's own use of torch."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Resuming writes into the same folder on purpose, also where it was moved.
