@@ -76,6 +76,18 @@ def test_core_imports_no_extra() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+def test_importing_perron_imports_no_compiler() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import perron, perron.models, perron.nn, perron.solvers, perron.verify
+added = set(sys.modules) - before
+print(sorted(m for m in added if m.startswith(("torch._dynamo", "torch._inductor", "scipy", "sympy"))))
+print("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["[]", "False"]
+
+
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.bound)
 def test_what_is_mutated_stands_there_once(mutant: mutants.Mutant) -> None:
     assert (SOURCE / mutant.path).read_text().count(mutant.old) == 1

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from perron._numerics.compilers import constant
+
 __all__ = ["Number", "Rounding", "compound", "flushes_subnormals", "gamma", "product_above", "unit_roundoff"]
 
 
@@ -36,7 +38,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-@torch.compiler.assume_constant_result
+@constant
 def flushes_subnormals() -> bool:
     """Whether subnormal numbers count as zero (torch.set_flush_denormal), operands and weights among them.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from perron._numerics.compilers import constant
 from perron.cells.step import Refusal
 
 __all__ = [
@@ -137,12 +138,12 @@ def _own(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[tuple[str, str
 
 
 # Compilers need not look into these.
-@torch.compiler.assume_constant_result
+@constant
 def _methods(cls: Any) -> frozenset[str]:
     return _own(cls)[0]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_patched(cls: Any) -> bool:
     """Whether a method was defined elsewhere than in the class and its bases.
 

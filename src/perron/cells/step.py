@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from perron._numerics.compilers import constant
 from perron._numerics.rounding import flushes_subnormals, gamma
 
 __all__ = ["AffineStep", "Linearization", "Map", "Refusal", "Side", "check_rounding", "full_float32", "largest"]
@@ -26,7 +27,7 @@ _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def full_float32() -> bool:
     """Whether no setting of torch or oneDNN lets float32 products on the CPU have shorter mantissas."""
     if any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in _FAST_MATH):

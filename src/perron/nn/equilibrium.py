@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perron._numerics.compilers import outside_compilers
 from perron.cells import reading
 from perron.cells.chain import Chain
 from perron.cells.dropout import VariationalDropout
@@ -180,10 +181,10 @@ class Equilibrium(nn.Module):
         check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, map, dtype = self._read(x)
-            return self._equilibrium(map, b, z0).to(dtype)
+            # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
+            value: Tensor = outside_compilers()(self._equilibrium, map, b, z0)
+            return value.to(dtype)
 
-    # A solve decides from its data what to do next: compilers leave it as it is, and compile what surrounds it.
-    @torch.compiler.disable  # type: ignore[misc]
     def _equilibrium(self, map: Chain | Opaque, b: Tensor, z0: Tensor | None) -> Tensor:
         """The fixed point of a map for its injections, with its implicit derivatives; keeps the Solution."""
         posed = _Posed.of(map, b, self._guess(b, z0))

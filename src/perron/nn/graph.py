@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from perron._numerics.compilers import outside_compilers
 from perron._numerics.rounding import unit_roundoff
 from perron.activations import Activation, get_activation
 from perron.cells.activation import ActivationStep
@@ -215,7 +216,7 @@ class GraphEquilibrium(Equilibrium):
         with torch.autocast(x.device.type, enabled=False):
             b, chain = self._problem(x, edge_index, edge_weight)
             guess = None if z0 is None else self._to_state(z0.to(b.dtype))
-            return self._to_nodes(self._equilibrium(chain, b, guess)).to(x.dtype)
+            return self._to_nodes(outside_compilers()(self._equilibrium, chain, b, guess)).to(x.dtype)
 
     @torch.no_grad()
     def solve(  # type: ignore[override]
