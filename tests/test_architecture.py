@@ -1,6 +1,7 @@
 """Nothing imports from its right-hand neighbour, the core needs torch and numpy only, and every mutant has its place."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import mutants
 import pytest
+
+import perron
 
 SOURCE = Path(__file__).parent.parent / "src" / "perron"
 ORDER = [
@@ -26,6 +29,7 @@ ORDER = [
     ("data", "report"),
     ("training",),
     ("studies",),
+    ("_arguments",),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -72,7 +76,9 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 
 def test_core_imports_no_extra() -> None:
-    code = f"import sys, perron, perron.models, perron.verify; print(sorted(set(sys.modules) & {EXTRAS!r}))"
+    code = (
+        f"import sys, perron.models, perron.verify; from perron import *; print(sorted(set(sys.modules) & {EXTRAS!r}))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -80,12 +86,28 @@ def test_importing_perron_imports_no_compiler() -> None:
     code = """
 import sys, torch
 before = set(sys.modules)
-import perron, perron.models, perron.nn, perron.solvers, perron.verify
+import perron.models, perron.verify
+from perron import *
 added = set(sys.modules) - before
 print(sorted(m for m in added if m.startswith(("torch._dynamo", "torch._inductor", "scipy", "sympy"))))
 print("torch._dynamo" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["[]", "False"]
+
+
+def test_public_names_are_imported_when_asked_for_and_type_checkers_see_the_same() -> None:
+    code = "import sys, perron; dir(perron); print(perron.__version__, {'torch', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == [perron.__version__, "set()"]
+    (block,) = [n for n in ast.parse(FILES[""].read_text()).body if isinstance(n, ast.If)]
+    seen = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert sorted(seen) == perron.__all__
+    assert set(perron.__all__) <= set(dir(perron))
+    for name, module in seen.items():
+        place = f"perron.{name}" if module == "perron" else module
+        found = importlib.import_module(place)
+        assert getattr(perron, name) is (found if module == "perron" else getattr(found, name))
+    with pytest.raises(AttributeError, match="no attribute 'equilibrium'"):
+        _ = perron.equilibrium
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.bound)

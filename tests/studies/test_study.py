@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -56,6 +58,10 @@ class Sums(Study[Sum]):
         if self.steps < 1:
             raise UsageError("steps must be at least 1")
 
+    @cached_property
+    def large(self) -> list[int]:
+        return list(range(self.steps))
+
     def trials(self) -> list[Sum]:
         return [Sum(kind=kind, seed=seed) for seed, kind in product(range(self.seeds), self.kinds)]
 
@@ -64,7 +70,7 @@ class Sums(Study[Sum]):
 
     def measure(self, trial: Sum, sitting: Sitting) -> dict[str, float] | None:
         if trial.kind == self.breaks:
-            raise ValueError("one line\nand another")
+            raise RuntimeError("one line\nand another")
         kept = sitting.folder / f"{trial.name}.steps"
         total = float(kept.read_text()) if kept.is_file() else 0.0
         while total < self.steps:
@@ -249,11 +255,11 @@ def test_the_budget_ends_it_and_the_same_call_goes_on(tmp_path) -> None:
 def test_a_trial_that_raises_is_named_and_the_others_are_kept(tmp_path) -> None:
     folder, lines = tmp_path / "sums", []
     with pytest.raises(
-        UsageError, match=r"2 of 4 trials failed; the first: \[1/4\] odd, seed 0: ValueError: one line and"
+        UsageError, match=r"2 of 4 trials failed; the first: \[1/4\] odd, seed 0: RuntimeError: one line and"
     ):
         Sums(breaks="odd").run(tmp_path, write=lines.append)
     assert rows(lines[-1]) == ROWS[2:]
-    assert f"failed: [1/4] odd, seed 0: ValueError: one line and another; see {folder / 'odd-seed-0.error'}" in lines
+    assert f"failed: [1/4] odd, seed 0: RuntimeError: one line and another; see {folder / 'odd-seed-0.error'}" in lines
     assert "Traceback" in (folder / "odd-seed-0.error").read_text()
     assert {p.stem for p in folder.glob("*-seed-*.json")} == {"even-seed-0", "even-seed-1"}
     before = contents(folder)
@@ -266,8 +272,6 @@ class Backwards:
     """Everything is done before anything is said, the last first; jobs go through a pickle, as to another process."""
 
     def run(self, jobs, write) -> Iterator[Job]:
-        import pickle
-
         for job in reversed(jobs):
             pickle.loads(pickle.dumps(job))(write)
         yield from reversed(jobs)
@@ -281,6 +285,15 @@ def test_an_executor_in_another_order_finds_the_same(tmp_path) -> None:
     assert contents(tmp_path / "backwards" / "sums") == contents(tmp_path / "sums")
     with pytest.raises(UsageError, match=r"2 of 4 trials failed; the first: \[1/4\] odd"):
         Sums(breaks="odd").run(tmp_path / "failing", executor=Backwards(), write=silent)
+
+
+def test_another_process_computes_again_what_is_cached() -> None:
+    study = Sums(steps=4)
+    assert len(study.large) == 4
+    copy = pickle.loads(pickle.dumps(study))
+    assert copy == study
+    assert "large" not in vars(copy)
+    assert copy.large == study.large
 
 
 class Lossy:
@@ -303,6 +316,7 @@ def test_a_job_that_is_lost_is_named(tmp_path) -> None:
 
 def start(root: Path, wait: Path):
     process = multiprocessing.get_context("fork").Process(target=lambda: Sums(wait=wait).run(root, write=silent))
+    process.daemon = True
     process.start()
     while not list(root.rglob("*.steps")):
         time.sleep(0.01)

@@ -8,7 +8,7 @@ from perron.studies.depth import Depth
 
 
 def test_table_page_and_command(tmp_path, capsys) -> None:
-    assert main(["kernels", "depth", "--depths", "1,40", "--images", "150", "--runs", str(tmp_path)]) == 0
+    assert main(["study", "depth", "--depths", "1,40", "--images", "150", "--runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert "| abs, centred | 0.000 | 0.000 | 2.752 | nearest neighbour |" in table
     assert "underflows at depth 40" in table
@@ -41,7 +41,7 @@ def test_table_page_and_command(tmp_path, capsys) -> None:
 
 
 def test_misuse(tmp_path, capsys) -> None:
-    assert main(["kernels", "depth", "--data", "letters", "--runs", str(tmp_path)]) == 2
+    assert main(["study", "depth", "--data", "letters", "--runs", str(tmp_path)]) == 2
     assert "letters" in capsys.readouterr().err
     for depths, images in (((), 100), ((0,), 100), ((1,), 3)):
         with pytest.raises(UsageError, match="at least"):

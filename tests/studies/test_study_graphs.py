@@ -79,10 +79,10 @@ def test_misuse(tmp_path, capsys) -> None:
         replace(none, data="pubmed").run(tmp_path / "r")
     with pytest.raises(ValueError, match="unknown propagation"):
         GraphNet("gcn", read_graph("cora", tmp_path))
-    arguments = ["fit", "cora", "--runs", str(tmp_path / "s"), "--data-dir", str(tmp_path)]
+    arguments = ["study", "graphs", "--runs", str(tmp_path / "s"), "--data-dir", str(tmp_path)]
     assert main([*arguments, "--splits", "1", "--models", "none,appnp", "--epochs", "3"]) == 0
     assert "| appnp |" in capsys.readouterr().out
-    assert main(["fit", "cora", "--runs", str(tmp_path / "s"), "--data-dir", str(tmp_path / "nowhere")]) == 2
+    assert main(["study", "graphs", "--runs", str(tmp_path / "s"), "--data-dir", str(tmp_path / "nowhere")]) == 2
     assert "planetoid-cora.npz" in capsys.readouterr().err
 
 
@@ -93,5 +93,5 @@ def test_an_interrupted_study_says_how_it_goes_on(tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("perron.studies.graphs.Graphs.measure", stop)
-    assert main(["fit", "cora", "--runs", str(tmp_path), "--data-dir", str(tmp_path)]) == 130
+    assert main(["study", "graphs", "--runs", str(tmp_path), "--data-dir", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err

@@ -92,9 +92,11 @@ def test_misuse(tmp_path, capsys) -> None:
         Images(parameters=2000, epochs=2, limit=100, models=CORES[3:]).run(tmp_path)
     with pytest.raises(UsageError, match="limit must be at least 20"):
         replace(QUICK, limit=3).run(tmp_path / "few", write=lambda line: None)
-    assert main(["compare", "digits", "--models", "lstm", "--runs", str(tmp_path)]) == 2
-    assert main(["compare", "digits", "--modles", "mondeq", "--runs", str(tmp_path)]) == 2
-    assert main(["compare", "mnist", "--data-dir", str(tmp_path / "none"), "--runs", str(tmp_path)]) == 2
+    assert main(["study", "images", "--models", "lstm", "--runs", str(tmp_path)]) == 2
+    assert main(["study", "images", "--modles", "mondeq", "--runs", str(tmp_path)]) == 2
+    assert (
+        main(["study", "images", "--data", "mnist", "--data-dir", str(tmp_path / "none"), "--runs", str(tmp_path)]) == 2
+    )
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -227,7 +229,18 @@ def test_one_process_at_a_time(tmp_path, capsys) -> None:
     folder = tmp_path / QUICK.folder
     folder.mkdir(parents=True)
     with lock(folder / ".lock"):
-        command = ["compare", "--parameters", "2000", "--epochs", "2", "--limit", "200", "--runs", str(tmp_path)]
+        command = [
+            "study",
+            "images",
+            "--parameters",
+            "2000",
+            "--epochs",
+            "2",
+            "--limit",
+            "200",
+            "--runs",
+            str(tmp_path),
+        ]
         assert main(command) == 2
     assert "is writing into" in capsys.readouterr().err
     assert [p.name for p in folder.iterdir()] == [".lock"]

@@ -14,8 +14,9 @@ import yaml
 
 from perron._files import lock
 from perron.cells import Refusal
-from perron.cli import main, presets
+from perron.cli import main
 from perron.training import run
+from perron.training.run import presets
 
 FAST = ["--model.model.init_args.width", "8", "--data.init_args.limit", "200"]
 
@@ -146,8 +147,16 @@ def test_messages_instead_of_tracebacks(tmp_path, capsys, monkeypatch) -> None:
     damaged.write_bytes(b"PK\x03\x04 half a file")
     assert main(["certify", str(damaged), *runs]) == 2
     assert "damaged" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["fit", "digits", *runs, "--no_such_option", "1"])
+    for wrong, message in (
+        ("--no_such_option=1", "unrecognized arguments: --no_such_option=1"),
+        ("--trainer.max_epochs=many", "Given value: many"),
+        ("--model.model.init_args.widht=8", "Option 'widht' is not accepted"),
+        ("--data.init_args.limit=3", "limit must be at least 20, got 3"),
+    ):
+        assert main(["fit", "digits", *runs, wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_a_second_fit_keeps_the_first(tmp_path) -> None:
@@ -355,8 +364,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(runs, capsys) -> None:
 def test_a_start_that_fails_leaves_no_run(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PERRON_DATA", raising=False)
     assert main(["fit", "mnist-linear", "--runs", str(tmp_path)]) == 2
-    with pytest.raises(SystemExit):
-        fit(tmp_path, "--no_such_option", "1")
+    assert fit(tmp_path, "--no_such_option", "1") == 2
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 

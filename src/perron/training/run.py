@@ -8,8 +8,10 @@ import shutil
 import sys
 import time
 import warnings
+from argparse import ArgumentError
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from perron._errors import UsageError
 from perron._files import lock, new_folder, read_json, replacing, write_json
 from perron.cells.step import Refusal
 from perron.data import ImageData
+from perron.data.graphs import GRAPHS
 from perron.report import write_report
 from perron.report.tables import at_least, at_most
 from perron.training.callbacks import EpochLines, History, Progress
@@ -45,6 +48,8 @@ __all__ = [
     "fit",
     "load",
     "predict",
+    "preset",
+    "presets",
     "quiet_lightning",
     "report",
     "test",
@@ -98,16 +103,20 @@ def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI
     quiet_lightning()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-        return LightningCLI(
-            Classifier,
-            ImageData,
-            subclass_mode_data=True,
-            run=False,
-            args=arguments,
-            trainer_defaults=defaults,
-            save_config_callback=None,
-            seed_everything_default=0,
-        )
+        try:
+            return LightningCLI(
+                Classifier,
+                ImageData,
+                subclass_mode_data=True,
+                run=False,
+                args=arguments,
+                trainer_defaults=defaults,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={"exit_on_error": False},
+            )
+        except (ArgumentError, ValueError) as error:
+            raise UsageError(" ".join(str(error).split())) from error
 
 
 def _data_arguments(data_dir: str | None) -> list[str]:
@@ -132,7 +141,27 @@ def _check_changes(cli: LightningCLI, stored: str, free: Collection[str], rule: 
         raise UsageError(f"{'; '.join(changed)}: {rule}, but for {', '.join(free)}")
 
 
-def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resume: bool, command: str) -> Path:
+def presets() -> dict[str, Path]:
+    """The files of the presets by their names."""
+    folder = Path(str(resources.files("perron"))) / "training" / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def preset(name: str) -> Path:
+    """The file of a preset, or the .yaml file of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in GRAPHS:
+        raise UsageError(f"{name} is a graph: `perron study graphs --data {name}` trains on it")
+    path = presets().get(name, Path(name))
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(f"no preset {name!r}; choose one of {', '.join(presets())}, or a .yaml file")
+    return path
+
+
+def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resume: bool, command: str) -> str:
     """Train a preset into a new run folder, or continue its latest run; then evaluate it and write the report.
 
     Args:
@@ -161,8 +190,7 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
         folder = new_folder(parent, "run")
         with lock(folder / ".lock"):
             _start(folder, config, [*_data_arguments(data_dir), *rest], command)
-    print(report(load(str(folder), root, data_dir, [])))
-    return folder
+    return report(load(str(folder), root, data_dir, []))
 
 
 def _start(folder: Path, config: Path, arguments: list[str], command: str) -> None:
