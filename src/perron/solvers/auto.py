@@ -18,7 +18,7 @@ from perron.solvers.iteration import Method, solve_by_residual
 from perron.solvers.mixing import Mixing
 from perron.solvers.newton import Newton
 from perron.solvers.picard import Picard
-from perron.solvers.splitting import splitting_for
+from perron.solvers.splitting import needed_splitting_for
 from perron.theory.contraction import gain
 
 __all__ = ["Auto"]
@@ -97,7 +97,7 @@ class Auto(Accelerated):
         return super()._solve(problem, z0)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        splitting = splitting_for(problem)
+        splitting = needed_splitting_for(problem)
         return super()._observe(problem, z0) if splitting is None else solve_by_residual(self, problem, splitting, z0)
 
 

@@ -94,8 +94,8 @@ class _Contracting:
         best = self._prove(found.candidate.double(), None)
         for _ in range(0 if fixed else _SEARCHES):
             left = (~self._accepted(best) & all_finite(b)).nonzero().flatten()
-            room = solver.limit - 1 - int(self.steps.max())
-            if not left.numel() or room < 1:
+            room = solver.limit - 1 - int(self.steps[left].max()) if left.numel() else 0
+            if room < 1:
                 break
             again = self._search_again(left, best, found.value, goal, room)
             found.rate.index_copy_(0, left, again.rate.to(found.rate.dtype))

@@ -26,7 +26,7 @@ from perron.solution import Solution
 from perron.solvers.base import IterativeSolver
 from perron.solvers.contracting import solve_by_contraction
 from perron.solvers.iteration import solve_by_residual
-from perron.solvers.splitting import splitting_for
+from perron.solvers.splitting import needed_splitting_for
 from perron.theory.enclosure import (
     Enclosure,
     Evaluated,
@@ -60,7 +60,7 @@ class Picard(IterativeSolver):
             return _Enclosing(self, problem).run(z0)
         if self.contracts(problem):
             return solve_by_contraction(self, problem, None, z0)
-        return solve_by_residual(self, problem, splitting_for(problem) if self.stop == "auto" else None, z0)
+        return solve_by_residual(self, problem, needed_splitting_for(problem) if self.stop == "auto" else None, z0)
 
 
 class _Enclosing:

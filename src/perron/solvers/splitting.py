@@ -31,6 +31,7 @@ from perron.cells.dense import DenseStep
 from perron.cells.step import AffineStep
 from perron.problem import FixedPointProblem
 from perron.solvers.mixing import Mixing
+from perron.theory.contraction import gain
 from perron.theory.monotone_operator import margin
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Splitting",
     "forward_backward_for",
     "linear_splitting_for",
+    "needed_splitting_for",
     "splitting_for",
 ]
 
@@ -248,6 +250,11 @@ def _monotone(problem: FixedPointProblem) -> bool:
 def splitting_for(problem: FixedPointProblem) -> Splitting | None:
     """The method where the cell of the problem is monotone, else None."""
     return Splitting(problem) if _monotone(problem) else None
+
+
+def needed_splitting_for(problem: FixedPointProblem) -> Splitting | None:
+    """The method where nothing else is sure to converge: the cell is monotone, and its gain is no less than 1."""
+    return Splitting(problem) if _monotone(problem) and gain(problem.map) >= 1 else None  # type: ignore[arg-type]
 
 
 def forward_backward_for(problem: FixedPointProblem, size: float | None) -> ForwardBackward | None:
