@@ -40,7 +40,6 @@ from perron.activations import ACTIVATIONS
 from perron.cells import Activate, Chain, DiagonalLowRank, Inject, Map, Normalize, Refusal, SparseLinear, trace
 from perron.constraints import BoundedRows, MonotoneOperator
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
-from perron.problem import Structure
 from perron.solvers import (
     AdjointSolution,
     Anderson,
@@ -55,8 +54,8 @@ from perron.solvers import (
     adjoint,
 )
 from perron.solvers.aggregation import Aggregation
-from perron.theory import margin
-from perron.theory.positive_concave import derive
+from perron.theory import PositiveConcave, Sign, Theory, derive
+from perron.theory.weighted_norm import WeightedNormBound
 
 BATCH = 10
 SUPREMA = [a.name for a in ACTIVATIONS.values() if a.bounded]
@@ -168,7 +167,7 @@ def finish(cell: nn.Sequential, x: Tensor, rho: float | None = None) -> Problem:
             scale_(next(m for m in cell if any(True for _ in m.parameters())), rho / size)
     if draw.chance(0.1):
         return Problem(Equilibrium(cell, injection="softplus"), (draw.power(-1, 2) * draw.randn(*x.shape)).to(x.dtype))
-    if draw.chance(0.2) and derive(trace(cell), positive_injection=False):
+    if draw.chance(0.2) and derive(trace(cell), (Sign.NONNEGATIVE,), (PositiveConcave(),)).theory:
         x = x * (draw.rand(*x.shape) < 0.6)
     if draw.chance(0.03):
         x[draw.integer(0, BATCH - 1)] = draw.pick((math.nan, math.inf))
@@ -493,26 +492,24 @@ class Recording:
         injection: Tensor,
         v: Tensor,
         bounds: tuple[Tensor, Tensor] | None,
-        structure: Structure,
+        theory: Theory | None,
     ) -> tuple[Tensor, AdjointSolution]:
-        g, report = adjoint.solve_adjoint(map, z, injection, v, self.solver, bounds=bounds, structure=structure)
+        g, report = adjoint.solve_adjoint(map, z, injection, v, self.solver, bounds=bounds, theory=theory)
         weights = None
         if bounds is not None and report.bounded and isinstance(map, Chain):
-            weights = norm_weights(map, z, injection, bounds, structure)
+            weights = norm_weights(map, z, injection, bounds, theory)
         self.last = v, g, report, weights
         return g, report
 
 
 def norm_weights(
-    chain: Chain, z: Tensor, injection: Tensor, bounds: tuple[Tensor, Tensor], structure: Structure
+    chain: Chain, z: Tensor, injection: Tensor, bounds: tuple[Tensor, Tensor], theory: Theory | None
 ) -> Tensor | None:
     """The weights of the norm in which an adjoint's error was bounded; None for the Euclidean one."""
-    kind = adjoint._Proof if structure == "concave" else adjoint._SignedProof
-    model = Aggregation.of(chain, z) if structure == "concave" else None
-    proof = kind(chain, injection, bounds, model)
-    if structure == "contracting" and not bool((proof.kappa < 1).all()) and margin(chain) > 0:
-        return None
-    return proof.weights
+    assert theory is not None
+    model = Aggregation.of(chain, z) if theory.rises else None
+    bound = theory.bound_gradient(chain, injection, bounds, model=model, fixed=False)
+    return bound.weights if isinstance(bound, WeightedNormBound) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring

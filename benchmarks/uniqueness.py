@@ -56,9 +56,18 @@ from perron.cells import (
 from perron.constraints import BoundedRows, MonotoneOperator
 from perron.nn import Equilibrium, GraphEquilibrium
 from perron.solvers import Auto, Solution
-from perron.theory import Certificate, activation_degree, certify, degree, gain, margin
-from perron.theory.certify import contracting
-from perron.theory.positive_concave import derive
+from perron.theory import (
+    Certificate,
+    PositiveConcave,
+    Sign,
+    activation_degree,
+    certify,
+    degree,
+    derive,
+    gain,
+    margin,
+)
+from perron.theory.certify import THEORIES
 
 SHIFTED = ("tanh+1.2", "tanh+1.05", "tanh+1.603", "softsign+1.1", "sigmoid", "(tanh+1.2)^0.5", "arctan+1.7")
 MONOTONE = ("relu", "tanh", "sigmoid", "softsign", "identity")
@@ -457,9 +466,9 @@ def refuse_foreign(family: str, count: Counter[str]) -> str:
     steps.insert(integer(0, len(steps)), ForeignStep())  # type: ignore[arg-type]
     chain = Chain(tuple(steps))
     rules = {
-        "positive concave": lambda: derive(chain, positive_injection=True),
-        "contracting": lambda: contracting(chain),
-        "contracting, free": lambda: contracting(chain, nonnegative_injection=False),
+        "positive concave": lambda: derive(chain, (Sign.POSITIVE,), (PositiveConcave(),)).certificate,
+        "contracting": lambda: derive(chain, (Sign.NONNEGATIVE,), THEORIES[1:]).certificate,
+        "contracting, free": lambda: derive(chain, (Sign.ANY,), THEORIES[1:]).certificate,
         "gain": lambda: gain(chain) < 1,
         "degree": lambda: degree(chain) < 1,
         "margin": lambda: margin(chain) > 0,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from perron.cells.chain import Chain
 from perron.cells.opaque import OneSystem, Opaque
+from perron.theory.base import Theory
 
-__all__ = ["Cell", "FixedPointProblem", "Structure"]
+__all__ = ["Cell", "FixedPointProblem"]
 
 Cell = Chain | Opaque | OneSystem
-
-# What is proven of a cell: J >= 0, and J falls as z grows; or F contracts, with J of any sign.
-Structure = Literal["concave", "contracting", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,12 @@ class FixedPointProblem:
     Attributes:
         map: the cell.
         injection: (batch, ...) b; the state has the same shape.
-        proven: the map is positive concave, and its certificate holds for every injection here that is finite.
-        contracts: whether it contracts is to be seen on every sample (`perron.theory.contraction`).
+        theory: what is proven of the cell for these injections, or None. `perron.theory.pose` finds it.
     """
 
     map: Cell
     injection: Tensor
-    proven: bool = False
-    contracts: bool = False
+    theory: Theory | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         value = self.map(z, self.injection)
@@ -44,13 +39,6 @@ class FixedPointProblem:
         """The same with the whole batch as one sample."""
         assert isinstance(self.map, Opaque)
         return replace(self, map=OneSystem(self.map), injection=self.injection.unsqueeze(0))
-
-    @property
-    def structure(self) -> Structure:
-        if self.proven:
-            return "concave"
-        known = self.contracts and isinstance(self.map, Chain) and not self.map.normalizes
-        return "contracting" if known else "unknown"
 
     def select(self, index: Tensor) -> FixedPointProblem:
         return replace(self, map=self.map.select(index), injection=self.injection[index])

@@ -17,7 +17,8 @@ from perron.cells import (
     Refusal,
     trace,
 )
-from perron.theory import contraction, degree, gain, margin
+from perron.theory import degree, gain, margin
+from perron.theory.contracting import contraction
 from perron.theory.contraction import sensitivity
 from problems import Tenfold, TenfoldMatrix
 

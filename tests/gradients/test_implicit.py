@@ -10,7 +10,10 @@ from torch import nn
 from perron.cells import Activate, Inject, trace
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Auto, Picard
+from perron.solvers.adjoint import solve_adjoint
 from perron.solvers.aggregation import Aggregation
+from perron.theory.positive_concave import ConcaveGradientBound, PositiveConcave
+from perron.theory.weighted_norm import norm
 from problems import dense_layer, dense_problems, truth
 
 EXACT = Picard(tol=1e-11, max_steps=2000)
@@ -100,8 +103,6 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
     assert (error < 1e-2).all()
     # g = D^-1 found, where D is not flat; the bound is in a weighted norm, so test it through a bound for every norm.
     g = torch.where(at_value > 1e-6, found / at_value, exact)
-    from perron.solvers.adjoint import solve_adjoint
-
     g, report = solve_adjoint(
         chain,
         value.detach(),
@@ -109,14 +110,16 @@ def test_gradient_agrees_with_unrolled_autograd_and_its_bound_holds(problem) -> 
         v,
         layer.solver,
         bounds=(layer.last_solution.lower, layer.last_solution.upper),
-        structure="concave",
+        theory=PositiveConcave(),
     )
-    from perron.solvers.adjoint import _norm, _Proof
 
-    weights = _Proof(
-        chain, b.detach(), (layer.last_solution.lower, layer.last_solution.upper), Aggregation.of(chain, b.detach())
+    weights = ConcaveGradientBound(
+        chain,
+        b.detach(),
+        (layer.last_solution.lower, layer.last_solution.upper),
+        model=Aggregation.of(chain, b.detach()),
     ).weights
-    true = _norm(weights, g - exact) / _norm(weights, g)
+    true = norm(weights, g - exact) / norm(weights, g)
     proven = report.error_bound.isfinite()
     assert (true[proven] <= report.error_bound[proven] * (1 + 1e-9) + 1e-12).all()
 

@@ -9,7 +9,9 @@ from torch import nn
 from perron.cells import Activate, Chain, Inject, trace
 from perron.nn import Equilibrium, PositiveConcaveLinear
 from perron.solvers import Auto
-from perron.solvers.adjoint import _MonotoneProof, _Proof, _SignedProof
+from perron.theory.contraction import SignedGradientBound
+from perron.theory.monotone_operator import MonotoneGradientBound
+from perron.theory.positive_concave import ConcaveGradientBound
 from problems import dense_layer, truth
 
 
@@ -22,7 +24,7 @@ def chain_of(weight: float, activation: str) -> Chain:
     return chain.rebind([t.detach() for t in chain.tensors])
 
 
-@pytest.mark.parametrize("proof", [_Proof, _SignedProof])
+@pytest.mark.parametrize("proof", [ConcaveGradientBound, SignedGradientBound])
 @pytest.mark.parametrize("weight", [0.01, 0.5, 0.9, 1 - 2.0**-20])
 @pytest.mark.parametrize("start", [0.0, 0.3, 1.7, 1e6])
 @pytest.mark.parametrize("scale", [1e-250, 1.0, 1e250])
@@ -30,7 +32,7 @@ def test_the_bound_in_the_weighted_norm_is_attained(proof, weight: float, start:
     """g = w g + v is v/(1 - w); from any candidate the distance that is left is w/(1 - w) times the residual."""
     chain, b = chain_of(weight, "identity"), one(1.0)
     z, exact = b / (1 - weight), scale / (1 - weight)
-    g, _, bound = proof(chain, b, (z, z), None).finish(z, one(start * exact), one(scale))
+    g, _, bound = proof(chain, b, (z, z)).finish(z, one(start * exact), one(scale))
     error = abs(g.item() - exact) / abs(g.item())
     assert error <= bound.item()
     assert bound.item() <= error * (1 + 1e-7) + 1e-13 / (1 - weight) * max(start, 1)
@@ -43,7 +45,7 @@ def test_what_the_jacobian_varies_in_the_enclosure_is_counted(weight: float) -> 
     lower, upper = one(0.1), one(0.3)
     steep, flat = weight * (1 - 0.1**2), weight * (1 - 0.3**2)
     candidate = one(1 / (1 - steep))
-    g, _, bound = _Proof(chain, b, (lower, upper), None).finish(lower, candidate, one(1.0))
+    g, _, bound = ConcaveGradientBound(chain, b, (lower, upper)).finish(lower, candidate, one(1.0))
     error = abs(g.item() - 1 / (1 - flat)) / g.item()
     assert error <= bound.item() <= 1.005 * error
 
@@ -54,10 +56,10 @@ def test_the_bound_of_monotone_cells_is_attained(weight: float, scale: float) ->
     """With 0 < W < 1 and slope 1, |g - g*| is (1 + W/(1 - W)) times the residual."""
     chain, b = chain_of(weight, "identity"), one(1.0)
     z = b / (1 - weight)
-    proof = _MonotoneProof(chain, b, (z, z), chain.affine[0].margin())
+    proof = MonotoneGradientBound(chain, b, (z, z), chain.affine[0].margin())
     for start in (0.5, 1.1, 3.0):
         exact = scale / (1 - weight)
-        _, bound = proof.judge(z, one(start * exact), one(scale))
+        _, _, bound = proof.finish(z, one(start * exact), one(scale))
         error = abs(start - 1) / start
         assert error <= bound.item() <= error * (1 + 1e-9) + 1e-12
 
@@ -70,16 +72,17 @@ def test_nothing_is_certified_of_products_below_the_range() -> None:
     b = torch.ones(1, 2, dtype=torch.float64)
     z = b / (1 - weight.diagonal())
     v = torch.tensor([[0.0, 1e-300]], dtype=torch.float64)
-    g, _, bound = _Proof(chain, b, (z, z), None).finish(z, 2 * v, v)
+    g, _, bound = ConcaveGradientBound(chain, b, (z, z)).finish(z, 2 * v, v)
     assert g[0, 1] > 0
     assert bound.item() > 0
     # Nothing is small beside a cotangent below the range.
     single, small = chain_of(2e-6, "identity"), one(1.1186e-320)
     assert (
-        _Proof(single, one(1.0), (one(1.000002), one(1.000002)), None).finish(one(1.0), small, small)[2].item() > 1e-6
+        ConcaveGradientBound(single, one(1.0), (one(1.000002), one(1.000002))).finish(one(1.0), small, small)[2].item()
+        > 1e-6
     )
     nothing = torch.zeros_like(v)
-    assert _Proof(chain, b, (z, z), None).finish(z, nothing, nothing)[2].item() == 0
+    assert ConcaveGradientBound(chain, b, (z, z)).finish(z, nothing, nothing)[2].item() == 0
 
 
 def test_cells_without_plain_sums_have_their_slopes_from_the_value_throughout() -> None:
@@ -96,7 +99,7 @@ def test_cells_without_plain_sums_have_their_slopes_from_the_value_throughout() 
         lower, upper = ((1 - width) * exact).float(), ((1 + width) * exact).float()
         for z in (lower, upper):
             candidate = 1 / (1 - 1.5 * (1 - z))
-            g, _, bound = _Proof(chain, b, (lower, upper), None).finish(z, candidate, v)
+            g, _, bound = ConcaveGradientBound(chain, b, (lower, upper)).finish(z, candidate, v)
             error = ((g - 1 / (1 - 1.5 * (1 - exact))).abs() / g).max()
             assert float(error) <= float(bound)
 
@@ -110,8 +113,8 @@ def test_what_underflows_in_one_step_may_be_large_after_the_next() -> None:
     chain = chain.rebind([t.detach() for t in chain.tensors])
     rate = float(Fraction(1e305) * Fraction(1e-307))
     z, exact = one(1 / (1 - rate)), 1.7e-14 / (1 - rate)
-    for proof in (_Proof, _SignedProof):
-        g, _, bound = proof(chain, one(1.0), (z, z), None).finish(z, one(exact), one(1.7e-14))
+    for proof in (ConcaveGradientBound, SignedGradientBound):
+        g, _, bound = proof(chain, one(1.0), (z, z)).finish(z, one(exact), one(1.7e-14))
         assert abs(g.item() - exact) / abs(g.item()) <= bound.item()
 
 
@@ -119,7 +122,7 @@ def test_slopes_of_a_value_above_the_supremum_are_none() -> None:
     """1 - s is negative there, and no slope is: the gradient of a saturated cell is not smaller than what came in."""
     chain, b = chain_of(25.0, "one_minus_exp"), one(10.0)
     lower, z, upper = one(1 - 1e-12), one(1 + 1e-12), one(1 + 3e-12)
-    g, _, bound = _Proof(chain, b, (lower, upper), None).finish(z, one(1.0), one(1.0))
+    g, _, bound = ConcaveGradientBound(chain, b, (lower, upper)).finish(z, one(1.0), one(1.0))
     # The exact slope is at most exp(-35).
     assert abs(g.item() - 1) <= bound.item() * g.item()
     assert g.item() >= 1

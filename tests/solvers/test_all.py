@@ -23,6 +23,7 @@ from perron.solvers import (
     Newton,
     Picard,
 )
+from perron.theory import PositiveConcave
 from problems import dense_layer, dense_problems, truth
 
 SOLVERS = {
@@ -292,7 +293,7 @@ def test_fixed_steps_wait_for_nothing_and_tell_their_error(name: str, steps: int
     weight /= torch.linalg.eigvals(weight).abs().max()
     layer = dense_layer(weight, "tanh")
     b = 0.3 * nn.functional.softplus(torch.randn(8, 40), beta=5)
-    problem = FixedPointProblem(trace(layer.cell), b, True)
+    problem = FixedPointProblem(trace(layer.cell), b, PositiveConcave())
     solver = replace(SOLVERS[name], steps=steps, on_failure="ignore")
     with torch.no_grad(), Waits() as waits:
         solution = solver.solve(problem)
@@ -380,7 +381,7 @@ def test_a_solve_of_its_own_under_autocast(solver) -> None:
     """Autocast must not reach the products of a proof."""
     layer = dense_layer(torch.rand(30, 30) / 20, "tanh")
     b = torch.rand(6, 30) + 0.01
-    problem = FixedPointProblem(trace(layer.cell), b, True)
+    problem = FixedPointProblem(trace(layer.cell), b, PositiveConcave())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         solution = solver.solve(problem)
     exact = truth(layer, b)

@@ -19,6 +19,7 @@ from perron.solvers import (
     Picard,
     Solver,
 )
+from perron.theory import PositiveConcave, Sign, pose
 from problems import Counting
 
 SOLVERS: dict[str, Solver] = {
@@ -94,7 +95,7 @@ def test_certified_cells(name: str, max_steps: int, counter: Counter) -> None:
     solver = replace(SOLVERS[name], max_steps=max_steps, tol=1e-6, on_failure="ignore")
     guess = torch.full((SAMPLES, ENTRIES), 0.3)
     for place, make in CELLS.items():
-        problem = FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 1e-3), True)
+        problem = FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 1e-3), PositiveConcave())
         for z0 in (None, guess):
             counter.count = 0
             solution = solver.solve(problem, z0)
@@ -123,7 +124,7 @@ def test_cells_that_contract_or_are_monotone(kind: str, max_steps: int, monkeypa
         layer = MonotoneLinear(ENTRIES, ENTRIES, activation="relu")
         with torch.no_grad():
             cell = nn.Sequential(linear(3 * layer.cell[0].weight - 2 * torch.eye(ENTRIES)), Inject(), nn.ReLU())
-    problem = FixedPointProblem(trace(cell), torch.full((SAMPLES, ENTRIES), 0.3), False, True)
+    problem = FixedPointProblem(trace(cell), torch.full((SAMPLES, ENTRIES), 0.3), pose(trace(cell), (Sign.ANY,))[0])
     for name, solver in ({**SOLVERS, **splitting} if kind == "monotone operator" else SOLVERS).items():
         counter.count = 0
         solution = replace(solver, max_steps=max_steps, tol=1e-6, on_failure="ignore").solve(problem)
@@ -153,7 +154,9 @@ def test_fixed_steps_are_exact(name: str, counter: Counter) -> None:
         solver = replace(SOLVERS[name], steps=steps, on_failure="ignore")
         for make in CELLS.values():
             counter.count = 0
-            solution = solver.solve(FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 0.1), True))
+            solution = solver.solve(
+                FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 0.1), PositiveConcave())
+            )
             assert solution.steps.tolist() == [counter.count] * SAMPLES == [steps] * SAMPLES
         if steps == 5:
             continue

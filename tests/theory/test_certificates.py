@@ -25,9 +25,8 @@ from perron.cells import (
 from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
 from perron.solvers import Picard
-from perron.theory import certify, spectral_radius_bound
-from perron.theory.certify import contracting
-from perron.theory.positive_concave import derive
+from perron.theory import Sign, certify, derive, spectral_radius_bound
+from perron.theory.certify import THEORIES
 from problems import Tenfold, TenfoldMatrix, below_one, dense_layer, fractions
 
 
@@ -500,7 +499,8 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_steps_that_nobody_knows_prove_nothing(name: str) -> None:
     chain = Chain(FOREIGN[name])
-    for certificate in (certify(chain), derive(chain, positive_injection=True), contracting(chain)):
+    each = [derive(chain, (sign,), (theory,)).certificate for theory in THEORIES for sign in Sign]
+    for certificate in (certify(chain), *each):
         assert not certificate
         assert certificate.refusal
 

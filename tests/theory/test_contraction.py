@@ -16,7 +16,8 @@ from perron.activations import get_activation
 from perron.cells import Activate, ActivationStep, Chain, DenseStep, Inject, InjectStep, Normalize, Refusal, trace
 from perron.nn import Equilibrium, SubhomogeneousConv2d, SubhomogeneousLinear
 from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, Picard
-from perron.theory import activation_degree, contraction, degree, gain
+from perron.theory import Contracting, activation_degree, degree, gain
+from perron.theory.contracting import contraction
 from perron.theory.contraction import _ball, _step_over, sensitivity, variation
 from problems import long_picard
 
@@ -412,7 +413,8 @@ def test_bounds_of_the_adjoint(problem, tol: float) -> None:
 
 def test_the_bound_of_the_adjoint_holds_in_its_norm() -> None:
     """Against the exact adjoint, in the norm of the proof; loose enclosures too."""
-    from perron.solvers.adjoint import _SignedProof, solve_adjoint
+    from perron.solvers.adjoint import solve_adjoint
+    from perron.theory.contraction import SignedGradientBound
 
     worst = 0.0
     for seed in range(80):
@@ -431,11 +433,11 @@ def test_the_bound_of_the_adjoint_holds_in_its_norm() -> None:
         bounds = (torch.minimum(value, exact) - 1e-12, torch.maximum(value, exact) + 1e-12)
         v = torch.randn(b.shape, generator=generator, dtype=b.dtype)
         g, found = solve_adjoint(
-            chain, value, b, v, Auto(tol=1e-6, on_failure="ignore"), bounds=bounds, structure="contracting"
+            chain, value, b, v, Auto(tol=1e-6, on_failure="ignore"), bounds=bounds, theory=Contracting()
         )
         jacobian = torch.func.vmap(torch.func.jacrev(lambda z, c, f=chain: f(z[None], c[None])[0]))(exact, b)
         truth = torch.linalg.solve(torch.eye(n, dtype=b.dtype) - jacobian.mT, v)
-        w = _SignedProof(chain, b, bounds, None).weights
+        w = SignedGradientBound(chain, b, bounds).weights
         error = (w * (g - truth).abs()).sum(1) / (w * g.abs()).sum(1)
         assert (error <= found.error_bound).all()
         worst = max(worst, float((error / found.error_bound)[found.error_bound > 1e-8].max()) if width > 1e-3 else 0.0)
@@ -467,7 +469,7 @@ def test_rounding_of_signed_sums_is_accounted_for() -> None:
     """Large weights that cancel: F in float64 is wrong by more than the distance of two iterates."""
     big = torch.tensor([[1e13, -1e13], [1e13, -1e13]], dtype=torch.float64) * (1 - 1e-3)
     known = contraction(trace(layer(big, Activate("tanh"), Inject()).cell), torch.zeros(1, 2, dtype=torch.float64))
-    assert float(known.error.min()) > 1e-4
+    assert float(known.norm.error.min()) > 1e-4
 
 
 def test_the_enclosures_are_sharp_and_no_sharper() -> None:
@@ -475,7 +477,7 @@ def test_the_enclosures_are_sharp_and_no_sharper() -> None:
     b = torch.ones(1, 1, dtype=torch.float64)
     linear = trace(layer(torch.full((1, 1), 0.9, dtype=torch.float64), Inject(), Activate("identity")).cell)
     known = contraction(linear, b)
-    assert float(known.supremum) == pytest.approx(0.9, rel=1e-6)
+    assert float(known.norm.factor) == pytest.approx(0.9, rel=1e-6)
     z = torch.full_like(b, 3.0)
     lower, upper, proven = known.enclose(z, linear(z, b).detach())
     assert proven.all()
@@ -483,7 +485,7 @@ def test_the_enclosures_are_sharp_and_no_sharper() -> None:
     assert float(lower) < 3.7
     power = trace(layer(torch.ones(1, 1, dtype=torch.float64), Inject(), Activate("(identity+0.001)^0.9")).cell)
     known = contraction(power, 0 * b)
-    assert float(known.thompson) == pytest.approx(0.9, rel=1e-4)
+    assert float(known.thompson.factor) == pytest.approx(0.9, rel=1e-4)
     exact = float(long_picard(power, 0 * b))
     z = torch.full_like(b, 1e6)
     lower, upper, proven = known.enclose(z, power(z, 0 * b).detach())
@@ -493,16 +495,17 @@ def test_the_enclosures_are_sharp_and_no_sharper() -> None:
 
 
 def test_candidates_outside_of_the_box_are_moved_into_it() -> None:
-    from perron.solvers.contracting import _Contracting
+    from perron.solvers.proving import Proving
 
     weight = torch.tensor([[0.3, -0.2], [0.1, 0.2]], dtype=torch.float64)
     problem = FixedPointProblem(
-        trace(layer(weight, Activate("tanh"), Inject()).cell), torch.rand(1, 2).double(), contracts=True
+        trace(layer(weight, Activate("tanh"), Inject()).cell), torch.rand(1, 2).double(), Contracting()
     )
     with torch.no_grad():
-        run = _Contracting(Picard(), problem)
-        outside, edge = run._prove(torch.full((1, 2), 1e6).double(), None), run._prove(run.known.upper, None)
-    torch.testing.assert_close(outside.upper, edge.upper, rtol=0, atol=0)
+        facts = Proving(Picard(), problem, None).facts
+        far, edge = torch.full((1, 2), 1e6).double(), facts.known.upper
+        outside, inside = (facts.attempt(None, z, z).found for z in (far, edge))
+    torch.testing.assert_close(outside.upper, inside.upper, rtol=0, atol=0)
 
 
 def test_a_degree_says_nothing_of_samples_with_negative_injections() -> None:
@@ -658,9 +661,9 @@ def test_the_factor_of_the_weighted_norm_is_attained() -> None:
         matrix = [[abs(Fraction(x)) for x in row] for row in weight.tolist()]
         chain = Chain((DenseStep((weight,), None), InjectStep(), ActivationStep(get_activation("tanh"))))
         known = contraction(chain, torch.zeros(1, 2, dtype=torch.float64))
-        if known.supremum < 1:
+        if known.norm.factor < 1:
             found += 1
-            w, kappa = [Fraction(x) for x in known.weights[0].tolist()], Fraction(float(known.supremum))
+            w, kappa = [Fraction(x) for x in known.norm.weights[0].tolist()], Fraction(float(known.norm.factor))
             rows = [sum((a * x for a, x in zip(row, w, strict=True)), Fraction(0)) for row in matrix]
             ratio = max(row / x for row, x in zip(rows, w, strict=True))
             assert ratio <= kappa <= ratio * (1 + Fraction(1, 10**12))

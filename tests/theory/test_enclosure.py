@@ -9,6 +9,7 @@ from perron import enclose
 from perron.cells import Inject, Refusal, trace
 from perron.nn import PositiveConcaveConv2d
 from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, Picard
+from perron.theory import Contracting, PositiveConcave
 from perron.theory.enclosure import Evaluated, prove, relative_error_bound, round_outward
 from perron.verify import Interval, propagate
 from problems import SUBLINEAR, dense_layer, dense_problems, long_picard, truth
@@ -323,7 +324,7 @@ def test_nothing_is_proven_while_subnormal_numbers_count_as_zero(flushing, dtype
     for solver in (Auto(), Picard(), Anderson(), Newton(), Broyden()):
         layer.solver = solver
         assert not layer.solve(x).certified
-        for posed in (FixedPointProblem(chain, x, proven=True), FixedPointProblem(chain, x, contracts=True)):
+        for posed in (FixedPointProblem(chain, x, t) for t in (PositiveConcave(), Contracting())):
             found = solver.solve(posed)
             assert not found.certified
             assert found.converged.all()

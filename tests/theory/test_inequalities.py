@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 from z3 import And, ArithRef, BoolRef, If, Implies, Not, Q, Real, Solver, sat, unsat
 
-from perron.solvers.adjoint import amplification, weighted_error
-from perron.theory.contraction import rest
 from perron.theory.enclosure import chord_weights, super_scaling
-from perron.theory.monotone_operator import distance
+from perron.theory.monotone_operator import amplification, distance
+from perron.theory.posterior import rest
+from perron.theory.weighted_norm import weighted_error
 
 # (the claim, the same claim with a bound that is 1 % better)
 Case = tuple[BoolRef, BoolRef]

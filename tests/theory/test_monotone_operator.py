@@ -12,9 +12,10 @@ from perron.cells import Activate, Inject, trace
 from perron.constraints import MonotoneOperator, monotone_operator
 from perron.nn import Equilibrium, MonotoneConv2d, MonotoneLinear
 from perron.solvers import Anderson, Auto, Broyden, FixedPointProblem, Newton, OperatorSplitting, Picard
-from perron.solvers.adjoint import _MonotoneProof
 from perron.solvers.splitting import ForwardBackward
-from perron.theory import gain, margin, monotonicity
+from perron.theory import gain, margin
+from perron.theory.monotone_operator import MonotoneGradientBound, monotonicity
+from perron.theory.monotone_operator import MonotoneOperator as MonotoneTheory
 
 ACTIVATIONS = ["relu", "tanh", "softsign", "sigmoid", "arctan", "relu6", "identity"]
 
@@ -179,7 +180,7 @@ def test_splitting_chosen_by_hand(scheme: str, dtype: torch.dtype | None, activa
 def test_one_forward_backward_step() -> None:
     """z <- relu(z - a ((I - W) z - b)), written down again."""
     weight, b, z = random_weight(0, 4, 0.5, 0.8), torch.randn(3, 4).double(), torch.rand(3, 4).double()
-    problem = FixedPointProblem(trace(layer(weight, "relu").cell), b, contracts=True)
+    problem = FixedPointProblem(trace(layer(weight, "relu").cell), b, MonotoneTheory())
     step = ForwardBackward(problem, 0.2)
     torch.testing.assert_close(step.next_auxiliary(z), torch.relu(z - 0.2 * (z - z @ weight.t() - b)))
     default = ForwardBackward(problem, None).size
@@ -382,10 +383,10 @@ def test_adjoint_bound_of_any_candidate_and_any_enclosure(seed: int, activation:
     truth = exact(weight, activation, b)
     g = adjoint(weight, activation, truth, b, v)
     ends = truth - width * torch.rand(3, n, generator=generator, dtype=torch.float64), truth + width
-    proof = _MonotoneProof(chain, b, (ends[0] - 1e-13, ends[1] + 1e-13), margin(chain))
+    proof = MonotoneGradientBound(chain, b, (ends[0] - 1e-13, ends[1] + 1e-13), margin(chain))
     for z in (*ends, truth):
         for candidate in (g + 1e-3 * far, far, adjoint(weight, activation, z, b, v)):
-            _, bound = proof.judge(z, candidate, v)
+            _, _, bound = proof.finish(z, candidate, v)
             apart = (candidate - g).norm(dim=1) / candidate.norm(dim=1)
             assert bool((apart <= bound + 1e-12).all())
 
@@ -394,7 +395,7 @@ def test_adjoint_bound_in_closed_form() -> None:
     """sigma = identity, W = 1 - m: the error is |r|/m, and 1 + |W|/m is 1/m."""
     chain = trace(layer(torch.full((1, 1), 0.9, dtype=torch.float64), "identity").cell)
     b, v, c = torch.ones(1, 1).double(), torch.ones(1, 1).double(), torch.full((1, 1), 9.0).double()
-    _, bound = _MonotoneProof(chain, b, (b - 1, b + 1), margin(chain)).judge(b, c, v)
+    _, _, bound = MonotoneGradientBound(chain, b, (b - 1, b + 1), margin(chain)).finish(b, c, v)
     assert 1 / 9 <= float(bound) <= 1 / 9 * (1 + 1e-9)
 
 

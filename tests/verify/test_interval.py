@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from functools import partial
 
 import mpmath
 import pytest
@@ -19,9 +20,11 @@ from perron.nn import (
     VariationalDropout,
 )
 from perron.solvers import Auto
-from perron.theory.certify import contracting
+from perron.theory import Sign, Thompson, pose
+from perron.theory.monotone_operator import shift as monotone_shift
+from perron.theory.thompson import distance
 from perron.verify import Interval, certify_classes, propagate
-from perron.verify.interval import _around_centre, _injections, _shift, _thompson_distance, _within_domain
+from perron.verify.interval import _injections, _solved, _within_domain
 
 NETS = [
     (PositiveConcaveLinearNet(64, 10, width=12), (1, 8, 8)),
@@ -167,7 +170,7 @@ def test_tiny_boxes_do_not_vanish(weight: float, radius: float) -> None:
 def test_the_shift_is_euclidean_where_the_cell_is_monotone() -> None:
     layer = linear_layer(torch.diag(torch.tensor([-3.0, -3.0], dtype=torch.float64)))
     radius = torch.tensor([[3.0, 4.0], [3e-200, 4e-200], [3e200, 4e200]], dtype=torch.float64)
-    shift = _shift(trace(layer.cell), layer.certificate(), radius)
+    shift = monotone_shift(trace(layer.cell), radius)
     assert (shift >= torch.tensor([5.0, 5e-200, 5e200], dtype=torch.float64) / 4 * (1 - 1e-15)).all()
     torch.testing.assert_close(shift, torch.tensor([5.0, 5e-200, 5e200], dtype=torch.float64) / 4, rtol=1e-12, atol=0)
 
@@ -181,10 +184,11 @@ def test_subhomogeneous_boxes_in_closed_form(ratio: float) -> None:
             torch.zeros(1, 1, dtype=torch.float64), f"(identity+1e-9)^{power}".replace("1e-9", "0.000000001")
         ).cell
     )
-    certificate = contracting(chain)
-    assert certificate.kind == "subhomogeneous"
+    assert Thompson().certify(chain, Sign.NONNEGATIVE)
     low, high = (torch.full((1, 1), t, dtype=torch.float64) for t in (1.0, ratio))
-    box = _around_centre(chain, certificate, Interval(low, high), Auto(tol=tolerance, on_failure="ignore"))
+    theory, _ = pose(chain, (Sign.ANY,))
+    solve = partial(_solved, Auto(tol=tolerance, on_failure="ignore"), chain, theory)
+    box = Thompson().moved(chain, Interval(low, high), solve)
     assert float(box.lower) <= 1
     assert ratio**power <= float(box.upper)
     # From the centre to the farther end.
@@ -200,13 +204,13 @@ def test_thompson_distances_at_their_tight_cases() -> None:
     nn.init.zeros_(zero.weight)
     up, down = torch.tensor([[1.5, 1.0]]).double(), torch.tensor([[1.0, 1 / 1.5]]).double()
     plain = trace(nn.Sequential(zero, Inject()))
-    found = _thompson_distance(plain, Interval(down, up), b)
+    found = distance(plain, Interval(down, up), b)
     assert math.log(1.5) * (1 - 1e-15) <= float(found) <= math.log(1.5) * (1 + 1e-12)
     shifted = trace(nn.Sequential(zero, Activate("sigmoid"), Inject()))
-    found = _thompson_distance(shifted, Interval(b, up), b)
+    found = distance(shifted, Interval(b, up), b)
     assert math.log(2.0 / 1.5) * (1 - 1e-15) <= float(found) <= math.log(2.0 / 1.5) * (1 + 1e-10)
     normalized = trace(nn.Sequential(zero, Inject(), Normalize()))
-    found = _thompson_distance(normalized, Interval(b / 1.5, b * 1.5), b)
+    found = distance(normalized, Interval(b / 1.5, b * 1.5), b)
     opposite = normalized(b, torch.tensor([[1.5, 1 / 1.5]]).double())
     apart = (opposite.log() - normalized(b, b).log()).abs().max()
     assert float(apart) == pytest.approx(2 * math.log(1.5))
@@ -238,7 +242,7 @@ def test_distances_through_unknown_steps_are_refused() -> None:
     chain = trace(SubhomogeneousLinear(2, 2, "tanh+1.2", **EXACT).cell)
     b = torch.ones(1, 2, dtype=torch.float64)
     with pytest.raises(Refusal, match="TenTimes"):
-        _thompson_distance(Chain((*chain.steps, TenTimes())), Interval(b, b), b)
+        distance(Chain((*chain.steps, TenTimes())), Interval(b, b), b)
 
 
 @given(st.integers(0, 10_000))
@@ -248,7 +252,7 @@ def test_thompson_distance_of_two_injections(seed: int) -> None:
     chain = trace(layer.cell)
     centre = torch.rand(50, 4, dtype=torch.float64)
     box = Interval(centre * torch.rand(50, 4), centre * (1 + torch.rand(50, 4)))
-    bound = _thompson_distance(chain, box, centre)
+    bound = distance(chain, box, centre)
     z = 10 ** torch.randn(50, 4, dtype=torch.float64)
     for b in (box.lower, box.upper, torch.where(torch.rand(50, 4) < 0.5, box.lower, box.upper)):
         apart = (chain(z, b).log() - chain(z, centre).log()).abs().amax(1)
@@ -568,8 +572,8 @@ def test_the_domain_of_a_proof() -> None:
     b = Interval(
         torch.tensor([[0.0, 1.0], [1e-300, 1.0], [-1e-300, 1.0]], dtype=torch.float64), torch.ones(3, 2).double()
     )
-    assert _within_domain(b, True).lower.isnan().any(1).tolist() == [True, False, True]
-    assert _within_domain(b, False).lower.isnan().any(1).tolist() == [False, False, True]
+    assert _within_domain(b, Sign.POSITIVE).lower.isnan().any(1).tolist() == [True, False, True]
+    assert _within_domain(b, Sign.NONNEGATIVE).lower.isnan().any(1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,11 @@ class Chain:
         assert z is not None
         return z
 
+    def behind_injection(self) -> tuple[int, Chain]:
+        """The place of the injection, and what follows it."""
+        place = [isinstance(s, InjectStep) for s in self.steps].index(True)
+        return place, Chain(self.steps[place + 1 :])
+
     @property
     def zero_costs(self) -> bool:
         """Whether `at_zero` takes products."""

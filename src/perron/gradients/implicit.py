@@ -20,10 +20,11 @@ from perron._numerics.rounding import flushes_subnormals
 from perron._numerics.transforms import VmapInfo, fold_vmap, refuse_nested_forward_mode
 from perron.cells.chain import Chain
 from perron.gradients.base import Gradient, Pose
-from perron.problem import Cell, Structure
+from perron.problem import Cell
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
 from perron.solvers.base import Solver
+from perron.theory.base import Theory
 
 __all__ = ["Implicit"]
 
@@ -71,7 +72,12 @@ class _Run:
     pose: Pose
     on_adjoint: Callable[[AdjointSolution], None] | None
     solutions: list[Solution] = field(default_factory=list)
-    structure: Structure | None = None
+    theories: list[Theory | None] = field(default_factory=list)
+
+    @property
+    def theory(self) -> Theory | None:
+        """What is proven of the map, if it is the same for all weights that a vmap has."""
+        return self.theories[0] if len(set(self.theories)) == 1 else None
 
     def evaluate(self, z: Tensor, injection: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return self.map.rebind(tensors)(z, injection)
@@ -87,9 +93,8 @@ class _FixedPoint(torch.autograd.Function):
         solution = run.solver.solve(problem) if z0 is None else run.solver.solve(problem, z0)
         run.solutions.append(solution.detach())
         value = solution.value.clone()
-        same = run.structure in (None, problem.structure)
-        run.structure = problem.structure if same else "unknown"
-        bounded = run.structure != "unknown" and solution.certified
+        run.theories.append(problem.theory)
+        bounded = run.theory is not None and solution.certified
         if not bounded or solution.lower is None or solution.upper is None:
             none = value.new_empty(len(value), 0)
             return value, none, none.clone()
@@ -133,7 +138,7 @@ class _Adjoint(torch.autograd.Function):
         bounds = (lower, upper) if proven else None
         own = getattr(run.solver, "solve_adjoint", None)
         solve = partial(solve_adjoint, solver=run.solver) if own is None else own
-        g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds, structure=run.structure or "unknown")
+        g, report = solve(run.map.rebind(tensors), z, injection, v, bounds=bounds, theory=run.theory)
         if run.on_adjoint is not None:
             run.on_adjoint(report)
         return g.clone() if g is v else g
@@ -175,7 +180,7 @@ class _Tangent(torch.autograd.Function):
     def forward(
         run: _Run, z: Tensor, lower: Tensor, upper: Tensor, v: Tensor, injection: Tensor, *tensors: Tensor
     ) -> Tensor:
-        w = solve_tangent(run.map.rebind(tensors), z, injection, v, run.solver, run.structure or "unknown")
+        w = solve_tangent(run.map.rebind(tensors), z, injection, v, run.solver, run.theory)
         return w.clone() if w is v else w
 
     @staticmethod

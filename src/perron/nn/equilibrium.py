@@ -23,10 +23,10 @@ from perron.gradients import Gradient, Implicit
 from perron.problem import Cell, FixedPointProblem
 from perron.solution import AdjointSolution, Solution
 from perron.solvers import Auto, Solver
+from perron.theory.base import Sign
 from perron.theory.certificate import Certificate, refused
-from perron.theory.certify import contracting, either
-from perron.theory.enclosure import check_injection
-from perron.theory.positive_concave import derive
+from perron.theory.certify import Derived, derive, pose
+from perron.theory.enclose import check_injection
 
 __all__ = ["Equilibrium", "Injection", "Start", "State", "positive_injection"]
 
@@ -40,6 +40,13 @@ SOFTPLUS_THRESHOLD = 40.0
 # softplus underflows to 0 for very negative arguments, and with sigma(0) = 0 a zero injection has two fixed points. About
 # 1e-37, and the same number in every precision.
 SMALLEST_INJECTION = 2.0**-123
+# What an injection may be, the sign that is wanted most first.
+_SIGNS: dict[Injection, tuple[Sign, ...]] = {
+    "softplus": (Sign.POSITIVE,),
+    "relu": (Sign.NONNEGATIVE,),
+    "given": (Sign.NONNEGATIVE, Sign.POSITIVE),
+    "free": (Sign.ANY,),
+}
 
 
 def positive_injection(b: Tensor, injection: Injection) -> Tensor:
@@ -216,7 +223,8 @@ class Equilibrium(nn.Module):
     def certificate(self) -> Certificate:
         """What is proven for every input the layer accepts; see `perron.certify`."""
         with torch.no_grad(), reading.without_autocast():
-            return self.derive(*as_map(self.cell))[0]
+            map, reason = as_map(self.cell)
+            return self.derive(map).certificate if isinstance(map, Chain) else refused(str(reason))
 
     def injected(self, x: Tensor) -> Tensor:
         """The injection b of an input, in the precision of the solve."""
@@ -251,24 +259,9 @@ class Equilibrium(nn.Module):
         dtype = self._parameter_dtype() or x.dtype
         return dtype if dtype == torch.float64 else torch.float32
 
-    def derive(self, map: Chain | Opaque, reason: str | None) -> tuple[Certificate, bool]:
-        """The certificate, and whether it needs b > 0 rather than b >= 0."""
-        if not isinstance(map, Chain):
-            return Certificate(exists=False, unique=False, geometric=False, kind="none", refusal=reason), False
-        concave, positive = self._derive_concave(map)
-        if concave:
-            return concave, positive
-        return either(concave, contracting(map, nonnegative_injection=self.injection != "free")), False
-
-    def _derive_concave(self, map: Chain) -> tuple[Certificate, bool]:
-        if self.injection == "free":
-            return refused("the injection may have any sign"), False
-        if self.injection == "softplus":
-            return derive(map, positive_injection=True), True
-        certificate = derive(map, positive_injection=False)
-        if certificate or self.injection == "relu":
-            return certificate, False
-        return derive(map, positive_injection=True), True
+    def derive(self, map: Chain) -> Derived:
+        """What is proven of a cell that was read, for every input the layer accepts."""
+        return derive(map, _SIGNS[self.injection])
 
     def _read(self, x: Tensor) -> tuple[Tensor, Chain | Opaque, torch.dtype]:
         """The injection, the map in the precision of the solve, and the layer's precision."""
@@ -289,15 +282,11 @@ class Equilibrium(nn.Module):
             if isinstance(map, Opaque):
                 self._compare(map, b)
             return FixedPointProblem(map, b)
-        # Refused with the reason, rather than failing in some product.
-        map.sizes()
-        certificate, positive = self._derive_concave(map)
-        if not certificate:
-            return FixedPointProblem(map, b, contracts=True)
+        theory, sign = pose(map, _SIGNS[self.injection])
         # What a subclass or a hook makes of the input is checked as what is given.
         if self.injection == "given" or not reading.is_layer(self):
-            check_injection(b, positive=positive)
-        return FixedPointProblem(map, b, proven=True)
+            check_injection(b, sign)
+        return FixedPointProblem(map, b, theory)
 
     def _compare(self, map: Opaque, b: Tensor) -> None:
         """Whether samples that are declared independent are."""

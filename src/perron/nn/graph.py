@@ -242,7 +242,7 @@ class GraphEquilibrium(Equilibrium):
                 matrices = [one * (1 + 4 * unit_roundoff(torch.float32))]
             else:
                 pattern, matrices = last[0], [last[1].float(), last[1]]
-            found = [self.derive(self._chain(pattern, values), None)[0] for values in matrices]
+            found = [self.derive(self._chain(pattern, values)).certificate for values in matrices]
             return next((c for c in found if not c), found[0])
 
     def _problem(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor, Chain]:

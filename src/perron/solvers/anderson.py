@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from perron.problem import FixedPointProblem
-from perron.solvers.accelerated import Accelerated, Origin
-from perron.solvers.aggregation import Mixed
+from perron.solvers.accelerated import Accelerated
+from perron.solvers.aggregation import Aggregation, Mixed
 from perron.solvers.iteration import Method
 from perron.solvers.mixing import Mixing
+from perron.theory.base import Origin
 
 __all__ = ["Anderson"]
 
@@ -47,7 +48,9 @@ class Anderson(Accelerated):
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
-    def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method, Tensor]:
         mixing = Mixing(self.window, self.damping)
         if origin is None:
             return Mixed(None, mixing), torch.zeros_like(problem.injection)

@@ -10,16 +10,15 @@ from torch import Tensor
 from perron.cells.chain import Chain
 from perron.problem import FixedPointProblem
 from perron.solution import Solution
-from perron.solvers.accelerated import Accelerated, Origin
+from perron.solvers.accelerated import Accelerated
 from perron.solvers.aggregation import Aggregation, Mixed
 from perron.solvers.base import IterativeSolver
-from perron.solvers.contracting import solve_by_contraction
-from perron.solvers.iteration import Method, solve_by_residual
+from perron.solvers.iteration import Method
 from perron.solvers.mixing import Mixing
 from perron.solvers.newton import Newton
-from perron.solvers.picard import Picard
-from perron.solvers.splitting import needed_splitting_for
-from perron.theory.contraction import gain
+from perron.solvers.residual import solve_by_residual
+from perron.solvers.splitting import Splitting
+from perron.theory.base import Origin
 
 __all__ = ["Auto"]
 
@@ -47,8 +46,8 @@ class Auto(Accelerated):
 
     window: int = 3
 
-    def patience(self, evaluations: int, origin: Origin) -> int:
-        return evaluations if origin.model is None else min(evaluations, _STEPS)
+    def patience(self, evaluations: int, model: Aggregation | None) -> int:
+        return evaluations if model is None else min(evaluations, _STEPS)
 
     def successor(self, evaluations: int, problem: FixedPointProblem) -> IterativeSolver:
         # Without a model each of Newton's steps takes products.
@@ -65,40 +64,33 @@ class Auto(Accelerated):
             step_dtype=self.step_dtype,
         )
 
-    def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method | None, Tensor]:
         if origin is None:
-            return _mixed(problem), torch.zeros_like(problem.injection)
-        if origin.model is None:
+            converges = problem.theory is None or problem.theory.picard_converges
+            return _mixed(problem) if converges else None, torch.zeros_like(problem.injection)
+        if model is None:
             method = _mixed(problem)
             return method, method.advance(origin.p, origin.at_p, 0)
-        return Mixed(origin.model, Mixing(self.window)), origin.model.start(origin.base)
+        return Mixed(model, Mixing(self.window)), model.start(origin.base)
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         chain = problem.map
-        if self.contracts(problem):
+        if self.encloses(problem) and problem.theory.rises:  # type: ignore[union-attr]
             assert isinstance(chain, Chain)
-            # Beyond a gain of 1 the cell is monotone, if it is anything.
-            method = None if gain(chain) >= 1 else _mixed(problem)
-            return solve_by_contraction(self, problem, method, z0)
-        if self.encloses(problem) and isinstance(chain, Chain):
             if self.steps is None and _newton_pays(problem):
                 return self._newton(self.max_steps).solve(problem, z0)
             if self.steps is not None and not Aggregation.possible(chain):
                 # In steps counted beforehand there is one proof only, and each of Picard's iterates is one.
-                picard = Picard(
-                    tol=self.tol,
-                    max_steps=self.max_steps,
-                    stop=self.stop,
-                    proof_dtype=self.proof_dtype,
-                    on_failure="ignore",
-                    steps=self.steps,
-                )
-                return picard.solve(problem, z0)
+                return self._picard(self.max_steps, self.steps).solve(problem, z0)
         return super()._solve(problem, z0)
 
     def _observe(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        splitting = needed_splitting_for(problem)
-        return super()._observe(problem, z0) if splitting is None else solve_by_residual(self, problem, splitting, z0)
+        if not problem.injection.numel():
+            return super()._observe(problem, z0)
+        splits = problem.theory is not None and problem.theory.splits
+        return solve_by_residual(self, problem, Splitting(problem) if splits else _mixed(problem), z0)
 
 
 def _mixed(problem: FixedPointProblem) -> Mixed:

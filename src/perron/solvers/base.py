@@ -16,6 +16,9 @@ from perron.cells.chain import Chain
 from perron.cells.opaque import OneSystem, Opaque
 from perron.problem import FixedPointProblem
 from perron.solution import Solution
+from perron.solvers.aggregation import Aggregation
+from perron.solvers.iteration import Method
+from perron.theory.base import Origin
 
 __all__ = ["ConvergenceError", "ConvergenceWarning", "IterativeSolver", "OnFailure", "Solver", "report_failure"]
 
@@ -42,7 +45,7 @@ class Solver(Protocol):
 
     Layers pose cells that nobody has read, unless declared independent, as `OneSystem`: one sample, (1, batch, ...).
 
-    A solver with a method `solve_adjoint(map, z, injection, v, bounds, structure)` solves the adjoint itself; for the others
+    A solver with a method `solve_adjoint(map, z, injection, v, bounds, theory)` solves the adjoint itself; for the others
     `perron.solvers.adjoint.solve_adjoint` does.
     """
 
@@ -191,28 +194,56 @@ class IterativeSolver(ABC):
     @abstractmethod
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution: ...
 
-    def contracts(self, problem: FixedPointProblem) -> bool:
-        """Whether this solve is to end with an enclosure by contraction."""
-        if self.proof_dtype is None or flushes_subnormals():
-            return False
-        return problem.contracts and self.stop == "auto" and isinstance(problem.map, Chain)
-
     @property
     def limit(self) -> int:
         """Evaluations of f that a sample may take."""
         return self.max_steps if self.steps is None else self.steps
 
     def encloses(self, problem: FixedPointProblem) -> bool:
-        """Whether this solve is to end with an enclosure."""
-        return problem.proven and self.stop == "auto" and not (self.proof_dtype is not None and flushes_subnormals())
+        """Whether this solve is to end with an enclosure; without a precision for proofs with one that is only observed."""
+        if problem.theory is None or self.stop != "auto":
+            return False
+        return problem.theory.rises if self.proof_dtype is None else not flushes_subnormals()
 
     def dtype_of_proof(self, problem: FixedPointProblem) -> torch.dtype:
         """The precision of the enclosure: never coarser than the layer, and one whose sums can be bounded."""
         assert isinstance(problem.map, Chain)
+        assert problem.theory is not None
         dtype = problem.injection.dtype
         if self.proof_dtype is None or dtype == torch.float64:
             return dtype
+        if not problem.theory.rises:
+            return torch.float64
         return self.proof_dtype if problem.map.to(self.proof_dtype).rigorous() is not None else torch.float64
+
+    def exact_problem(self, problem: FixedPointProblem) -> FixedPointProblem:
+        """The problem in the precision of the proof; of rigorous sums if something is to be proven."""
+        exact = problem.to(self.dtype_of_proof(problem))
+        if self.proof_dtype is None:
+            return exact
+        rigorous = exact.map.rigorous()  # type: ignore[union-attr]
+        assert rigorous is not None, "the precision was chosen for its rigorous sums"
+        return replace(exact, map=rigorous)
+
+    def dtype_of_steps(self, problem: FixedPointProblem) -> torch.dtype:
+        """The precision of the steps before the proof."""
+        return problem.injection.dtype
+
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method | None, Tensor]:
+        """A method for this problem, or None for the one that is sure to converge, and where it starts.
+
+        Args:
+            problem: f and the injections.
+            origin: None where nothing is known of f.
+            model: of f, if it has one.
+        """
+        return None, torch.zeros_like(problem.injection)
+
+    def patience(self, evaluations: int, model: Aggregation | None) -> int:
+        """Evaluations that a method may take before the proof, of so many that are left."""
+        return evaluations
 
 
 def _powers_of_two(value: Tensor) -> Tensor:

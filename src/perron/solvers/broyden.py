@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from perron.problem import FixedPointProblem
-from perron.solvers.accelerated import Accelerated, Origin
+from perron.solvers.accelerated import Accelerated
+from perron.solvers.aggregation import Aggregation
 from perron.solvers.iteration import Method
+from perron.theory.base import Origin
 
 __all__ = ["Broyden"]
 
@@ -33,7 +35,9 @@ class Broyden(Accelerated):
         if self.memory < 1:
             raise ValueError(f"memory must be at least 1, got {self.memory}")
 
-    def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method, Tensor]:
         rule = _InverseJacobian(self.memory)
         if origin is None:
             return rule, torch.zeros_like(problem.injection)

@@ -24,11 +24,13 @@ from perron.cells.dense import DenseStep
 from perron.cells.injection import InjectStep
 from perron.cells.low_rank import DiagonalLowRankStep
 from perron.cells.step import AffineStep, Map, Refusal, full_float32
-from perron.problem import FixedPointProblem, Structure
+from perron.problem import FixedPointProblem
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.auto import Auto
+from perron.theory.base import Theory
+from perron.theory.positive_concave import PositiveConcave
 
 __all__ = ["Compiled"]
 
@@ -95,7 +97,9 @@ class Compiled(Auto):
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
         plan = self._plan("solve", problem.map, problem.injection)
-        usable = plan is not None and z0 is None and self.steps is None and self.encloses(problem)
+        usable = (
+            plan is not None and z0 is None and self.steps is None and self.encloses(problem) and _rises(problem.theory)
+        )
         if plan is None or not usable:
             return super()._solve(problem, z0)
         if plan.run is None:
@@ -120,10 +124,10 @@ class Compiled(Auto):
         injection: Tensor,
         v: Tensor,
         bounds: tuple[Tensor, Tensor] | None,
-        structure: Structure,
+        theory: Theory | None,
     ) -> tuple[Tensor, AdjointSolution]:
         """The adjoint likewise; a batch in which some sample does not converge is solved again uncompiled."""
-        plan = self._plan("adjoint", map, v) if bounds is not None and structure == "concave" else None
+        plan = self._plan("adjoint", map, v) if bounds is not None and _rises(theory) else None
         if plan is not None and plan.run is not None and bounds is not None:
             tensors = self._try(plan, list(map.tensors), z, injection, v, *bounds)
             if tensors is not None:
@@ -133,7 +137,7 @@ class Compiled(Auto):
                 self._judge(plan, not converged)
                 if converged:
                     return g, found
-        g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds, structure=structure)
+        g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds, theory=theory)
         if plan is not None and plan.run is None and plan.observe(found.steps):
             plan.run = self._compile_adjoint(map, plan.steps)
         return g, found
@@ -175,7 +179,7 @@ class Compiled(Auto):
 
         def run(tensors: list[Tensor], injection: Tensor, probes: list[Tensor]) -> tuple[Tensor, ...]:
             # Auto's own _solve only: the layers around it report failures and count.
-            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, True), None)
+            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, PositiveConcave()), None)
             return *(getattr(found, name) for name in _SOLUTION), *(activation(v) for v in probes)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
@@ -194,12 +198,16 @@ class Compiled(Auto):
                 tol,
                 steps,
                 bounds=(lower, upper),
-                structure="concave",
+                theory=PositiveConcave(),
                 fixed=True,
             )
             return g, *(getattr(found, name) for name in _ADJOINT)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
+
+
+def _rises(theory: Theory | None) -> bool:
+    return theory is not None and theory.rises
 
 
 def _probes(like: Tensor) -> list[Tensor]:

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from perron._numerics.batch import amax, per_sample
 from perron._numerics.rounding import unit_roundoff
-from perron.problem import FixedPointProblem
-from perron.solution import Solution
-from perron.solvers.base import IterativeSolver
 
-__all__ = ["Found", "Method", "PicardSteps", "Rule", "iterate", "solve_by_residual"]
+__all__ = ["Found", "Method", "PicardSteps", "Rule", "iterate"]
 
 # A sample's own rate is believed between these; and at most so many steps without a look at the device.
 _RATES, _BLIND = (0.04, 1.0), 8
@@ -142,43 +139,6 @@ def iterate(problem: Iterated, method: Method, z: Tensor, rule: Rule) -> Found:
         loop.step()
         if loop.taken >= rule.limit or (not rule.fixed and loop.rounds >= loop.next_look and loop.look()):
             return loop.finish()
-
-
-def solve_by_residual(
-    solver: IterativeSolver, problem: FixedPointProblem, method: Method | None, z0: Tensor | None
-) -> Solution:
-    """Iterate from z0, or zero, until |f(z) - z| <= tol |f(z)| in the largest entry; without a method, Picard's steps."""
-    b = problem.injection
-    z = torch.zeros_like(b) if z0 is None else z0
-    batch = len(b)
-    fixed = solver.steps is not None
-    if b.numel():
-        rule = Rule(tol=solver.tol, slack=None, ahead=False, limit=solver.limit, fixed=fixed)
-        found = iterate(problem, PicardSteps() if method is None else method, z, rule)
-    else:
-        none = b.new_zeros(batch)
-        found = Found(
-            z=z,
-            value=problem(z),
-            candidate=z,
-            measure=none,
-            rate=none,
-            steps=torch.zeros(batch, dtype=torch.long, device=b.device),
-        )
-    unproven = torch.zeros(batch, dtype=torch.bool, device=b.device)
-    return Solution(
-        value=found.value,
-        lower=None,
-        upper=None,
-        steps=found.steps,
-        residual=found.measure,
-        error_bound=torch.full_like(found.measure, math.inf),
-        rate=found.rate,
-        converged=found.measure <= solver.tol,
-        proven=unproven,
-        proof_dtype=None,
-        stopping="residual",
-    )
 
 
 class PicardSteps:

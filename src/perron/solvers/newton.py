@@ -16,10 +16,11 @@ from torch import Tensor
 
 from perron.cells.chain import Chain
 from perron.problem import FixedPointProblem
-from perron.solvers.accelerated import Accelerated, Origin
+from perron.solvers.accelerated import Accelerated
 from perron.solvers.aggregation import Aggregation, Mixed
 from perron.solvers.iteration import Method
 from perron.solvers.mixing import TRUST, Mixing
+from perron.theory.base import Origin
 
 __all__ = ["Newton"]
 
@@ -61,9 +62,10 @@ class Newton(Accelerated):
         if self.linear not in ("auto", "batched", "chord", "krylov"):
             raise ValueError(f"linear must be 'auto', 'batched', 'chord' or 'krylov', got {self.linear!r}")
 
-    def method(self, problem: FixedPointProblem, origin: Origin | None) -> tuple[Method, Tensor]:
-        model = None if origin is None else origin.model
-        start = self._start(problem, origin)
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method, Tensor]:
+        start = self._start(problem, origin, model)
         size = math.prod(problem.injection.shape[1:])
         linear = self.linear
         if linear == "auto":
@@ -79,13 +81,13 @@ class Newton(Accelerated):
         matrix = problem.map.linear(unit.view(size, *start.shape[1:])).flatten(1).t()
         return (_Batched(matrix, model) if linear == "batched" else _Chord(matrix, model)), start
 
-    def _start(self, problem: FixedPointProblem, origin: Origin | None) -> Tensor:
+    def _start(self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None) -> Tensor:
         """Near the fixed point, or above it, where the Jacobian is small enough for the first step to be safe."""
         if origin is None:
             return torch.zeros_like(problem.injection)
         assert isinstance(problem.map, Chain)
-        if origin.model is not None:
-            return origin.model.start(origin.base)
+        if model is not None:
+            return model.start(origin.base)
         top = problem.map.supremum
         return origin.at_p.to(origin.p.dtype) if math.isinf(top) else torch.full_like(origin.p, top)
 

@@ -6,14 +6,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from perron.problem import FixedPointProblem
 from perron.solution import Solution
+from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import IterativeSolver
-from perron.solvers.contracting import solve_by_contraction
-from perron.solvers.iteration import Method, solve_by_residual
+from perron.solvers.iteration import Method
+from perron.solvers.proving import Proving
+from perron.solvers.residual import solve_by_residual
 from perron.solvers.splitting import forward_backward_for, splitting_for
+from perron.theory.base import Origin, Sign
+from perron.theory.certify import pose
 
 __all__ = ["OperatorSplitting"]
 
@@ -53,18 +58,26 @@ class OperatorSplitting(IterativeSolver):
         if self.size is not None and not 0 < self.size < math.inf:
             raise ValueError(f"size must be positive and finite, got {self.size}")
 
-    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        # A positive concave cell may be monotone, too.
-        problem = replace(problem, proven=False, contracts=True)
-        if not problem.injection.numel():
-            return solve_by_residual(self, problem, None, z0)
-        method: Method | None = splitting_for(problem)
-        if method is None:
+    def method(
+        self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None
+    ) -> tuple[Method, Tensor]:
+        found: Method | None = splitting_for(problem)
+        if found is None:
             raise ValueError(
                 "OperatorSplitting needs a cell sigma(W z + b) with I - W strongly monotone, such as that of MonotoneLinear"
             )
         if self.scheme == "forward_backward":
-            method = forward_backward_for(problem, self.size)
-            if method is None:
+            found = forward_backward_for(problem, self.size)
+            if found is None:
                 raise ValueError("forward-backward steps need relu, relu6 or identity; use scheme='peaceman_rachford'")
-        return (solve_by_contraction if self.contracts(problem) else solve_by_residual)(self, problem, method, z0)
+        return found, torch.zeros_like(problem.injection)
+
+    def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
+        if not problem.injection.numel():
+            return solve_by_residual(self, problem, None, z0)
+        method, _ = self.method(problem, None, None)
+        # A positive concave cell may be monotone, too.
+        problem = replace(problem, theory=pose(problem.map, (Sign.ANY,))[0])  # type: ignore[arg-type]
+        if self.encloses(problem):
+            return Proving(self, problem, z0).run()
+        return solve_by_residual(self, problem, method, z0)

@@ -24,9 +24,9 @@ from perron.cells.chain import Chain
 from perron.problem import FixedPointProblem
 from perron.solution import Solution
 from perron.solvers.base import IterativeSolver
-from perron.solvers.contracting import solve_by_contraction
-from perron.solvers.iteration import solve_by_residual
-from perron.solvers.splitting import needed_splitting_for
+from perron.solvers.proving import Proving
+from perron.solvers.residual import solve_by_residual
+from perron.solvers.splitting import Splitting
 from perron.theory.enclosure import (
     Enclosure,
     Evaluated,
@@ -56,11 +56,11 @@ class Picard(IterativeSolver):
     """
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        if self.encloses(problem):
-            return _Enclosing(self, problem).run(z0)
-        if self.contracts(problem):
-            return solve_by_contraction(self, problem, None, z0)
-        return solve_by_residual(self, problem, needed_splitting_for(problem) if self.stop == "auto" else None, z0)
+        theory = problem.theory
+        if theory is None or not self.encloses(problem):
+            splits = theory is not None and theory.splits and self.stop == "auto" and problem.injection.numel() > 0
+            return solve_by_residual(self, problem, Splitting(problem) if splits else None, z0)
+        return _Enclosing(self, problem).run(z0) if theory.rises else Proving(self, problem, z0).run()
 
 
 class _Enclosing:
@@ -71,13 +71,9 @@ class _Enclosing:
         b = problem.injection
         self.solver = solver
         self.working = b.dtype
-        self.dtype = solver.dtype_of_proof(problem)
         self.proving = solver.proof_dtype is not None
-        self.problem = problem.to(self.dtype)
-        if self.proving:
-            rigorous = self.problem.map.rigorous()  # type: ignore[union-attr]
-            assert rigorous is not None
-            self.problem = replace(self.problem, map=rigorous)
+        self.problem = solver.exact_problem(problem)
+        self.dtype = self.problem.injection.dtype
         self.map = self.problem.map
         assert isinstance(self.map, Chain)
         self.rounding = self.map.rounding(self.dtype)

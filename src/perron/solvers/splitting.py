@@ -31,7 +31,6 @@ from perron.cells.dense import DenseStep
 from perron.cells.step import AffineStep
 from perron.problem import FixedPointProblem
 from perron.solvers.mixing import Mixing
-from perron.theory.contraction import gain
 from perron.theory.monotone_operator import margin
 
 __all__ = [
@@ -39,8 +38,6 @@ __all__ = [
     "LinearSplitting",
     "Splitting",
     "forward_backward_for",
-    "linear_splitting_for",
-    "needed_splitting_for",
     "splitting_for",
 ]
 
@@ -244,17 +241,12 @@ class LinearSplitting(_PeacemanRachford):
 
 def _monotone(problem: FixedPointProblem) -> bool:
     chain = problem.map
-    return problem.contracts and isinstance(chain, Chain) and problem.injection.numel() > 0 and margin(chain) > 0
+    return isinstance(chain, Chain) and problem.injection.numel() > 0 and margin(chain) > 0
 
 
 def splitting_for(problem: FixedPointProblem) -> Splitting | None:
     """The method where the cell of the problem is monotone, else None."""
     return Splitting(problem) if _monotone(problem) else None
-
-
-def needed_splitting_for(problem: FixedPointProblem) -> Splitting | None:
-    """The method where nothing else is sure to converge: the cell is monotone, and its gain is no less than 1."""
-    return Splitting(problem) if _monotone(problem) and gain(problem.map) >= 1 else None  # type: ignore[arg-type]
 
 
 def forward_backward_for(problem: FixedPointProblem, size: float | None) -> ForwardBackward | None:
@@ -263,10 +255,3 @@ def forward_backward_for(problem: FixedPointProblem, size: float | None) -> Forw
         return None
     activation = problem.map.last_activation  # type: ignore[union-attr]
     return ForwardBackward(problem, size) if activation is not None and activation.name in _PROJECTIONS else None
-
-
-def linear_splitting_for(jacobian: ChainLinearization, v: Tensor, *, transposed: bool) -> LinearSplitting | None:
-    """The method where J is that of a monotone cell, else None."""
-    if v.numel() and margin(Chain(jacobian.steps)) > 0:
-        return LinearSplitting(jacobian, v, transposed)
-    return None

@@ -1,24 +1,35 @@
 """What is proven of fixed points: one file a theory."""
 
+from perron.theory.base import Enclosure, Facts, Near, Sign, Theory
 from perron.theory.certificate import Certificate
-from perron.theory.certify import certify
-from perron.theory.contraction import Contraction, activation_degree, contraction, degree, gain
-from perron.theory.enclosure import Enclosure, enclose
-from perron.theory.monotone_operator import Monotonicity, margin, monotonicity
-from perron.theory.positive_concave import spectral_radius_bound
+from perron.theory.certify import Derived, certify, derive, pose
+from perron.theory.contracting import Contracting
+from perron.theory.contraction import BoundedGain, gain
+from perron.theory.enclose import enclose
+from perron.theory.monotone_operator import MonotoneOperator, margin
+from perron.theory.positive_concave import PositiveConcave, spectral_radius_bound
+from perron.theory.thompson import Thompson, activation_degree, degree
 
 __all__ = [
+    "BoundedGain",
     "Certificate",
-    "Contraction",
+    "Contracting",
+    "Derived",
     "Enclosure",
-    "Monotonicity",
+    "Facts",
+    "MonotoneOperator",
+    "Near",
+    "PositiveConcave",
+    "Sign",
+    "Theory",
+    "Thompson",
     "activation_degree",
     "certify",
-    "contraction",
     "degree",
+    "derive",
+    "enclose",
     "gain",
     "margin",
-    "monotonicity",
+    "pose",
     "spectral_radius_bound",
-    "enclose",
 ]

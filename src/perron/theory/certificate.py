@@ -14,12 +14,13 @@ class Certificate:
     Attributes:
         exists: a fixed point exists.
         unique: it is the only one in the nonnegative orthant, or for kinds "bounded gain" and "monotone operator" at all.
-        geometric: Picard iteration, or for "monotone operator" operator splitting, converges to it geometrically.
+        geometric: the `method` converges to it geometrically.
         kind: "positive concave", "subhomogeneous", "bounded gain", "monotone operator", "network" for a whole module, or "none".
         assumptions: what was checked, in words.
         refusal: None, or the reason why nothing is certified.
         rate: an a-priori contraction factor in `metric`, where the theory gives one below 1.
-        metric: "Thompson" or "sup norm".
+        metric: "Thompson metric" or "sup norm".
+        method: what converges geometrically, "Picard" or "operator splitting".
         parts: for a network, the name and the certificate of every equilibrium layer in it.
     """
 
@@ -31,7 +32,8 @@ class Certificate:
     refusal: str | None = None
     rate: float | None = None
     parts: tuple[tuple[str, Certificate], ...] = ()
-    metric: str = "Thompson"
+    metric: str = ""
+    method: str = "Picard"
 
     def __bool__(self) -> bool:
         return self.exists and self.unique and self.geometric
@@ -40,15 +42,12 @@ class Certificate:
         if not self:
             lines = [f"not certified ({self.kind}): {self.refusal}"]
         else:
-            method = "operator splitting" if self.kind == "monotone operator" else "Picard"
             lines = [
-                f"certified ({self.kind}): the fixed point exists, is unique, and {method} converges geometrically"
+                f"certified ({self.kind}): the fixed point exists, is unique, and {self.method} converges geometrically"
             ]
         lines += [f"  checked: {a}" for a in self.assumptions]
         if self.rate is not None:
-            lines.append(
-                f"  contraction factor in the {self.metric}{' metric' if self.metric == 'Thompson' else ''} at most {self.rate:.4g}"
-            )
+            lines.append(f"  contraction factor in the {self.metric} at most {self.rate:.4g}")
         for name, part in self.parts:
             lines += [f"{name or 'module'}: " + str(part).replace("\n", "\n  ")]
         return "\n".join(lines)

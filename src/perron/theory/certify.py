@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,94 +13,103 @@ from perron.cells.chain import Chain
 from perron.cells.injection import Inject
 from perron.cells.step import Refusal, check_rounding
 from perron.cells.trace import trace
-from perron.theory.certificate import Certificate, near_one, refused
-from perron.theory.contraction import degree, gain
-from perron.theory.monotone_operator import margin
-from perron.theory.positive_concave import derive
+from perron.theory.base import Near, Sign, Theory
+from perron.theory.certificate import Certificate, refused
+from perron.theory.contracting import Contracting
+from perron.theory.contraction import BoundedGain
+from perron.theory.monotone_operator import MonotoneOperator
+from perron.theory.positive_concave import PositiveConcave
+from perron.theory.thompson import Thompson
 
-__all__ = ["certify", "contracting", "either"]
+__all__ = ["Derived", "certify", "derive", "pose"]
+
+# In the order in which they are tried.
+THEORIES: tuple[Theory, ...] = (PositiveConcave(), Thompson(), BoundedGain(), MonotoneOperator())
 
 
-def either(concave: Certificate, contraction: Certificate) -> Certificate:
-    """The certificate that holds, or the refusal of the theory that came nearest: for nonnegative weights the concave one."""
-    if concave or contraction:
-        return concave or contraction
-    return refused(str((concave if concave.kind == "positive concave" else contraction).refusal))
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """What was derived of a chain.
 
-
-def contracting(chain: Chain, *, nonnegative_injection: bool = True) -> Certificate:
-    """The certificate of a chain that contracts, for all (nonnegative) injections, from its weights.
-
-    "subhomogeneous": nonnegative weights and a degree below 1, so that F contracts in Thompson's metric (Sittoni &
-    Tudisco, ICML 2024). "bounded gain": weights of any sign whose absolute row sums, times the largest slopes, stay
-    below 1, so that F contracts in the sup norm. "monotone operator": sigma(W z + b) with I - W strongly monotone (Winston &
-    Kolter, NeurIPS 2020). For other signed weights the fixed point need not be unique, and the refusal says so; single
-    samples may still be certified, by `perron.theory.contraction`.
+    Attributes:
+        certificate: what is proven, or why nothing is.
+        theory: what proves it, or None.
+        sign: of the injections that it is proven for.
     """
+
+    certificate: Certificate
+    theory: Theory | None
+    sign: Sign
+
+
+@torch.no_grad()
+def derive(chain: Chain, signs: Sequence[Sign], theories: Sequence[Theory] = THEORIES) -> Derived:
+    """The first theory that certifies a chain for injections of one of these signs, from its weights.
+
+    For signed weights that nothing certifies the fixed point need not be unique, and the refusal says so; single samples may
+    still be proven (`perron.theory.contracting`).
+
+    Args:
+        chain: the cell.
+        signs: of injections, the one that is wanted most first.
+        theories: to try, in this order.
+    """
+    refusals: list[tuple[Theory, Refusal]] = []
     try:
         check_rounding()
         chain.sizes()
+        for theory in theories:
+            for sign in signs if theory.orthant else (Sign.ANY,):
+                try:
+                    return Derived(certificate=theory.certify(chain, sign), theory=theory, sign=sign)
+                except Refusal as refusal:
+                    refusals.append((theory, refusal))
     except Refusal as refusal:
-        return refused(str(refusal))
-    by_degree = _subhomogeneous(chain) if nonnegative_injection else refused("the injection may have any sign")
-    if by_degree:
-        return by_degree
-    factor = gain(chain)
-    if factor < 1:
-        checked: tuple[str, ...] = (f"absolute row sums times largest slopes are at most {near_one(factor)} < 1",)
-        return Certificate(
-            exists=True,
-            unique=True,
-            geometric=True,
-            kind="bounded gain",
-            assumptions=checked,
-            rate=factor,
-            metric="sup norm",
-        )
-    least = margin(chain)
-    if least > 0:
-        checked = (
-            f"I - W is strongly monotone with margin at least {least:.6g} > 0",
-            "the activation is nondecreasing with slopes up to 1",
-        )
-        return Certificate(exists=True, unique=True, geometric=True, kind="monotone operator", assumptions=checked)
-    if by_degree.kind == "subhomogeneous":
-        return by_degree
-    return refused(
-        f"{by_degree.refusal}, so that two fixed points are possible unless F contracts, and {_nearest(factor, least)}"
+        return Derived(certificate=refused(str(refusal)), theory=None, sign=signs[0])
+    return Derived(certificate=_nearest(refusals), theory=None, sign=signs[0])
+
+
+def _nearest(refusals: Sequence[tuple[Theory, Refusal]]) -> Certificate:
+    """The refusal of the theory that came nearest: for nonnegative weights one of theirs, else by the number."""
+    of_orthant = [(t, r) for t, r in refusals if t.orthant]
+    if near := [(t, r) for t, r in of_orthant if isinstance(r, Near)]:
+        theory = near[0][0]
+        return refused(str([r for t, r in near if t == theory][-1]))
+    numbers = [r for t, r in refusals if isinstance(r, Near)]
+    if not numbers:
+        return refused(str(refusals[-1][1]))
+    reason = (
+        f"{of_orthant[-1][1]}, so that two fixed points are possible unless F contracts, and " if of_orthant else ""
     )
+    return refused(reason + str(min(numbers, key=lambda r: r.number)))
 
 
-def _subhomogeneous(chain: Chain) -> Certificate:
-    """The certificate by the degree; a refusal is of this kind where nothing but the number is in the way."""
+@torch.no_grad()
+def pose(chain: Chain, signs: Sequence[Sign]) -> tuple[Theory, Sign]:
+    """The theory by which batches are solved, and the sign that it needs of their injections.
+
+    Raises:
+        Refusal: the chain is no map of a space into itself.
+    """
+    # Refused with the reason, rather than failing in some product.
+    chain.sizes()
+    concave, monotone = PositiveConcave(), MonotoneOperator()
+    for sign in signs:
+        if _holds(concave, chain, sign):
+            return concave, sign
+    everywhere = _holds(BoundedGain(), chain, Sign.ANY)
+    if not everywhere and _holds(monotone, chain, Sign.ANY):
+        return monotone, Sign.ANY
+    return Contracting(everywhere=everywhere), Sign.ANY
+
+
+def _holds(theory: Theory, chain: Chain, sign: Sign) -> bool:
     try:
-        mu = degree(chain)
-    except Refusal as refusal:
-        return refused(str(refusal))
-    if not mu < 1:
-        return refused(
-            f"the degree of the cell is only bounded by {near_one(mu)}, not below 1; use a larger shift or a power",
-            kind="subhomogeneous",
-        )
-    checked = (
-        "all weights of the cell are finite and nonnegative",
-        f"F is subhomogeneous of degree at most {near_one(mu)} < 1, the product of its activations' degrees"
-        + (", doubled by the normalisation" if chain.normalizes else ""),
-    )
-    return Certificate(exists=True, unique=True, geometric=True, kind="subhomogeneous", assumptions=checked, rate=mu)
-
-
-def _nearest(factor: float, least: float) -> str:
-    """Which number came nearer to a proof for weights of any sign: gain or margin."""
-    if -math.inf < least and 1 - least < factor:
-        return (
-            f"the symmetric part of W has eigenvalues up to {near_one(1 - least)}, not below 1 "
-            "(MonotoneLinear keeps them there)"
-        )
-    return (
-        f"absolute row sums times largest slopes are {near_one(factor)}, not below 1 "
-        "(weights='signed_bounded' keeps them there)"
-    )
+        check_rounding()
+        theory.certify(chain, sign)
+    except Refusal:
+        return False
+    return True
 
 
 def _of_layer(layer: nn.Module, path: str) -> Certificate:
@@ -166,5 +175,4 @@ def certify(module: nn.Module | Chain) -> Certificate:
 
 
 def _of_chain(chain: Chain) -> Certificate:
-    concave = derive(chain, positive_injection=True)
-    return concave if concave else either(concave, contracting(chain))
+    return derive(chain, (Sign.POSITIVE,)).certificate

@@ -1,196 +1,74 @@
-"""Cells that contract, though they are not nondecreasing and concave: subhomogeneous ones, and those of bounded gain.
+"""The weighted sup norm: cells that contract in it, with weights of any sign.
 
-Two metrics, two factors (Sittoni & Tudisco, "Subhomogeneous deep equilibrium models", ICML 2024; Lemmens & Nussbaum 2012):
-
-* Thompson's metric d(x, y) = max_i |log x_i - log y_i| on the open orthant. If `|J(z)| z <= mu F(z)` for all z > 0, F
-  contracts with factor mu, its degree. A nonnegative matrix has degree 1, adding nonnegative constants does not raise
-  it, division by a norm doubles it, and an activation has sup v sigma'(v)/sigma(v); degrees multiply.
-* The weighted sup norm max_i |x_i|/w_i. If `|J(z)| w <= kappa w` on a box that F maps into itself, F contracts there with
-  factor kappa, for weights of any sign. This is never worse than the degree on the box: that condition,
-  `|J(z)| hi <= mu lo`, is the case w = hi, less sharply.
-
-For signed weights the degree of the activation alone proves nothing: tanh(W z) + 1.2 with W = [[10, -10], [-10, 10]] has
-two fixed points though it is subhomogeneous of degree below 1. There the second factor decides, sample by sample.
-
-From either factor q and one evaluation, the distance of z* from F(z) is at most q d(z, F(z))/(1 - q).
+In the norm max_i |x_i|/w_i: if `|J(z)| w <= kappa w` on a box that F maps into itself, F contracts there with factor kappa.
+This is never worse than the degree on the box (`perron.theory.thompson`): that condition, `|J(z)| hi <= mu lo`, is the case
+w = hi, less sharply.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from perron._numerics.batch import all_finite, all_true, amax, amin, per_sample
-from perron._numerics.rounding import Number, Rounding, gamma, product_above
-from perron.activations import Activation, get_activation
+from perron._numerics.batch import amax, amin, per_sample
+from perron._numerics.interval import Interval, centre_and_radius, widened
+from perron._numerics.rounding import gamma, product_above
+from perron.activations import Activation
 from perron.cells.activation import ActivationStep
 from perron.cells.chain import Chain, ChainLinearization, Step, unknown_step
 from perron.cells.injection import InjectStep
-from perron.cells.normalization import LEAST_NORMALIZED, NormalizeStep
-from perron.cells.step import AffineStep, Refusal
+from perron.cells.normalization import NormalizeStep
+from perron.cells.step import AffineStep, Linearization, Refusal
+from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
+from perron.theory.certificate import Certificate, near_one
+from perron.theory.posterior import Posterior, rest
+from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow, underflow_of_norm, weights_for
 
-__all__ = ["Contraction", "activation_degree", "contraction", "degree", "gain", "sensitivity", "underflow", "variation"]
+__all__ = [
+    "BoundedGain",
+    "InWeightedNorm",
+    "SignedGradientBound",
+    "gain",
+    "in_weighted_norm",
+    "sensitivity",
+    "shift",
+    "signed_bound",
+    "variation",
+]
 
-_GRID = 400_000
 # Rounds that shrink the invariant box, and power steps for the weights of the norm, and least weights that are tried.
 _SHRINKINGS, _POWER_STEPS = 6, 8
 _FLOORS = (1.0, 0.1, 1e-2, 1e-3, 1e-5, 1e-9)
 _U = 2.0**-53
 
 
-@cache
-def _degree_of(activation: Activation, signed: bool) -> float:
-    """sup p |v| b'(v)/(b(v) + s) of (b + s)^p, from a grid 0 = v_0 < ... < v_N; b is nondecreasing, and concave for v >= 0.
-
-    * on [v_k, v_k+1], k >= 1: at most v_k+1 b'(v_k)/(b(v_k) + s);
-    * on [0, v_1]: v b'(v) <= b(v) - b(0), and (b - b(0))/(b + s) rises with b;
-    * beyond v_N: v b'(v) <= 2 (b(v) - b(v/2)) <= 2 (sup b - b(v_N/2)), over at least b(v_N) + s; for b unbounded 1 will
-      do, from v b'(v) <= b(v) - b(0);
-    * for v = -t and b odd about b(0): b'(v) = b'(t), and b(v) = 2 b(0) - b(t) falls with t, to 2 b(0) - sup b.
-
-    Slopes are taken larger and what they are divided by smaller by their rounding: differences have lost digits.
-    """
-    base, shift, power = activation.inner or (activation, 0.0, 1.0)
-    v = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 6, _GRID, dtype=torch.float64)])
-    value = base(v)
-    slope = base.derivative(v) + 2 * base.ulps * _U * base.slope_at_zero
-    lost = 2 * (base.ulps + 2) * _U * (value.abs() + 2 * abs(base.at_zero) + shift)
-    above = value + shift - lost
-    near = (value[1] - base.at_zero + lost[1]) / above[1]
-    tail = 2 * (base.supremum - base(v[-1:] / 2) + lost[-1]).clamp_min(0)[0] if base.bounded else above[-1]
-    found = [(v[2:] * slope[1:-1] / above[1:-1]).max(), near, tail / above[-1]]
-    if signed:
-        if base.below_zero != "odd":
-            return math.inf
-        below, least = 2 * base.at_zero - value + shift - lost, 2 * base.at_zero - base.supremum + shift - lost[-1]
-        if not bool((below > 0).all()) or not least > 0:
-            return math.inf
-        found += [(v[1:] * slope[:-1] / below[1:]).max(), tail / least]
-    # What is left are a few roundings of positive numbers.
-    return power * max(float(t) for t in found) * (1 + 1e-12)
-
-
-def activation_degree(activation: str | Activation, *, signed: bool = False) -> float:
-    """A rigorous upper bound on sup |v sigma'(v)|/sigma(v) over v > 0, or over all v.
-
-    By monotonicity of sigma and of its slope on the cells of a grid; at most a relative 1e-4 above the supremum.
-
-    Raises:
-        ValueError: the activation is not one of `perron.activations`.
-
-    >>> round(activation_degree("tanh+1.3", signed=True), 3)
-    0.791
-    >>> activation_degree("sigmoid^0.5") <= 0.5
-    True
-    """
-    return _degree_of(get_activation(activation), signed)
-
-
-def degree(chain: Chain) -> float:
-    """mu with |J(z)| z <= mu F(z) for all z > 0 and all nonnegative injections, from the actual weights.
-
-    Matrices A >= 0 have A z <= A z + c, so degree 1; so has v -> v + b. v/|v|_p has 2: with g = log v its logarithm moves
-    by dg_i - sum_j s_j dg_j with s_j = v_j^p/sum v^p, at most 2 max |dg|, attained in the limit.
-
-    Raises:
-        Refusal: a step is not known, a weight is negative or not finite, or F(z) > 0 could not be verified.
-    """
-    degrees, least = [1.0], 0.0
-    for step in chain.known:
-        if isinstance(step, AffineStep):
-            check_nonnegative(step)
-            bias = step.bias
-            least = float(bias.min()) if bias is not None and bias.numel() else 0.0
-        elif isinstance(step, ActivationStep):
-            # Never more than 1, as sigma is concave with sigma(0) >= 0.
-            degrees.append(min(activation_degree(step.activation), 1.0))
-            least = step.activation.at_zero
-        elif isinstance(step, NormalizeStep):
-            if least < LEAST_NORMALIZED:
-                raise Refusal(
-                    "what is divided by its norm must have a positive lower bound; use a shift, as in 'tanh+1.2'"
-                )
-            if not step.p >= 1 or not (step.dim is None or step.dim >= 1):
-                raise Refusal(f"no norm of a sample is known with p = {step.p} over dimension {step.dim}")
-            degrees.append(2.0)
-            least = 0.0
-        elif not isinstance(step, InjectStep):
-            raise unknown_step(step)
-    if chain.normalizes and not isinstance(chain.steps[-1], NormalizeStep):
-        raise Refusal("Normalize() is only verified as the last step of a cell")
-    if not chain.normalizes and least <= 0:
-        raise Refusal("F(z) > 0 could not be verified; use a shift, as in 'tanh+1.2'")
-    return product_above(degrees)
-
-
-def check_nonnegative(step: AffineStep) -> None:
-    """Raise Refusal unless all tensors of the step are finite and nonnegative."""
-    signs = step.signs
-    if signs is None:
-        raise Refusal("an affine step has negative entries whatever its weights are")
-    for name, tensor in (*(("weight", w) for w in signs), ("bias", step.bias)):
-        if tensor is None or tensor.numel() == 0:
-            continue
-        low, high = (float(t) for t in torch.aminmax(tensor.detach()))
-        if not (low > -math.inf and high < math.inf):
-            raise Refusal(f"the {name} of an affine step is not finite")
-        if low < 0:
-            raise Refusal(f"the {name} of an affine step has the entry {low:.3g}; it must be nonnegative")
-
-
-def rest(q: Number, d: Number) -> Number:
-    """At least d(F(z), z*), from d = d(z, F(z)) and d(F(z), z*) <= q d(z, z*) <= q (d + d(F(z), z*)), for 0 <= q < 1."""
-    return q / (1 - q) * d
-
-
 @dataclass(frozen=True, kw_only=True)
-class Contraction:
-    """By how much F contracts, per sample, in float64.
+class InWeightedNorm:
+    """By how much F contracts in a weighted sup norm on a box, per sample, float64.
 
     Attributes:
-        thompson: (batch,) factor in Thompson's metric on the whole orthant, 1 or more where there is none.
-        supremum: (batch,) factor in the weighted sup norm on the box; inf where there is none.
-        weights: (batch, ...) w of that norm.
+        factor: (batch,) inf where there is none.
+        weights: (batch, ...) w of the norm.
         lower, upper: (batch, ...) the box, which F maps into itself; it contains every fixed point.
         error: (batch, ...) bound on the rounding of F on the box, absolute.
-        rounding: of F for nonnegative weights and injections; infinite for others.
     """
 
-    thompson: Tensor
-    supremum: Tensor
+    factor: Tensor
     weights: Tensor
     lower: Tensor
     upper: Tensor
     error: Tensor
-    rounding: Rounding
 
-    @property
-    def factor(self) -> Tensor:
-        """(batch,) the better of both."""
-        return torch.minimum(self.supremum, self.thompson)
-
-    def select(self, index: Tensor) -> Contraction:
-        parts: dict[str, Any] = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **parts)
+    def select(self, index: Tensor) -> InWeightedNorm:
+        return InWeightedNorm(**{k: v[index] for k, v in vars(self).items()})
 
     def enclose(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds of z* and (batch,) whether they are proven, from z in the box and the computed F(z), float64."""
-        low, high, by_norm = self._by_norm(z, fz)
-        spread, by_degree = self._by_degree(z, fz)
-        # Without the degree a sample may have any sign, and 0 is no lower bound of it.
-        mask, factor = per_sample(by_degree, fz), per_sample(torch.exp(spread), fz)
-        low = torch.where(mask, torch.maximum(low, fz / factor), low)
-        high = torch.where(mask, torch.minimum(high, fz * factor), high)
-        return low, high, (by_norm | by_degree) & all_finite(fz)
-
-    def _by_norm(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds in the weighted norm, whether F(z) was computed with `error` or without."""
-        q, error = self.supremum, torch.nan_to_num(self.error, nan=math.inf)
+        """Bounds of z* and (batch,) whether they are proven, whether F(z) was computed with `error` or without."""
+        q, error = self.factor, torch.nan_to_num(self.error, nan=math.inf)
         # 1 - q is exact from 1/2 on, and rounded once below.
         distance = amax(((fz - z).abs() + error) / self.weights) * (1 + 8 * _U)
         radius = rest(q, distance) * (1 + 8 * _U)
@@ -199,59 +77,23 @@ class Contraction:
         reach = reach * (1 + 4 * _U) + 4 * _U * fz.abs()
         return fz - reach, fz + reach, proven
 
-    def _by_degree(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch,) a bound on |log(z*/fz)| in Thompson's metric, and whether it is proven."""
-        mu, least = self.thompson, amin(torch.where(z > 0, fz, 0.0))
-        # F = (fz - A)/(1 + r) with |A| <= absolute and |r| <= relative; |log(1 - x)| <= 2 |x| for |x| <= 1/2. The last term
-        # covers the rounding of quotients, and of logarithms and exponentials of numbers up to some hundreds.
-        share = self.rounding.relative + self.rounding.absolute / least
-        slack = 2 * share + 1e-12
-        apart = amax(torch.log(fz / z).abs()) + slack
-        spread = rest(mu, apart) * (1 + 1e-12) + slack
-        return spread, (mu < 1) & (least > 0) & (share < 0.5) & spread.isfinite()
 
-
-@torch.no_grad()
-def contraction(chain: Chain, injection: Tensor) -> Contraction:
-    """How F contracts for these injections, (batch, ...) float64; sums of the chain must be rigorous.
-
-    Thompson's metric where the weights are nonnegative and the injection too; else, or where its factor is not below 1,
-    the weighted sup norm on the smallest box found.
+def in_weighted_norm(chain: Chain, injection: Tensor) -> InWeightedNorm:
+    """How F contracts for these injections, (batch, ...) float64, on the smallest box found; sums of the chain must be rigorous.
 
     Raises:
-        Refusal: the chain is no known map of a space into itself.
+        Refusal: a step is not known.
     """
-    chain.sizes()
-    try:
-        mu, rounding = degree(chain), chain.rounding(torch.float64, injection[:1].numel())
-    except Refusal:
-        mu, rounding = math.inf, Rounding(math.inf, math.inf)
-    unknown = torch.full((len(injection),), math.inf, dtype=injection.dtype, device=injection.device)
-    whole, ones = torch.full_like(injection, math.inf), torch.ones_like(injection)
-    nonnegative = all_true(injection >= 0)
-    if mu < 1 and bool((nonnegative | ~all_finite(injection)).all()):
-        least = torch.full_like(injection, torch.finfo(injection.dtype).tiny)
-        return Contraction(
-            thompson=torch.where(nonnegative, mu, unknown),
-            supremum=unknown,
-            weights=ones,
-            lower=least,
-            upper=whole,
-            error=whole,
-            rounding=rounding,
-        )
-    thompson = torch.where(nonnegative & (mu < 1), mu, unknown)
     box = _invariant_box(chain, injection)
     if box is None:
-        return Contraction(
-            thompson=thompson, supremum=unknown, weights=ones, lower=-whole, upper=whole, error=whole, rounding=rounding
+        whole, unknown = torch.full_like(injection, math.inf), injection.new_full((len(injection),), math.inf)
+        return InWeightedNorm(
+            factor=unknown, weights=torch.ones_like(injection), lower=-whole, upper=whole, error=whole
         )
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
-    factor, weights = _weighted(steep, upper - lower, sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps))
-    return Contraction(
-        thompson=thompson, supremum=factor, weights=weights, lower=lower, upper=upper, error=error, rounding=rounding
-    )
+    factor, weights = _weighted(steep, upper - lower, roundings(chain))
+    return InWeightedNorm(factor=factor, weights=weights, lower=lower, upper=upper, error=error)
 
 
 def gain(chain: Chain) -> float:
@@ -418,18 +260,6 @@ def variation(steep: ChainLinearization, smallest: tuple[Tensor | None, ...], w:
     return change
 
 
-def underflow(steep: ChainLinearization, w: Tensor) -> Tensor:
-    """(batch,) what it takes at most from an entry of |J| w: a number below the range may meet large weights later."""
-    lost, first = w.new_zeros(len(w)), True
-    for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
-        if isinstance(step, AffineStep):
-            passed = lost if first else 2 * step.row_sums() * lost
-            lost, first = passed + step.underflow(w.dtype), False
-        elif diagonal is not None:
-            lost, first = 2 * amax(diagonal) * lost + torch.finfo(w.dtype).tiny, False
-    return lost
-
-
 def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """(batch,) kappa < 1 with |J| w <= kappa w, and w, where one was found; inf elsewhere.
 
@@ -452,3 +282,86 @@ def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Ten
         best = torch.where(per_sample(better, w), trial, best)
         kappa, cost = torch.where(better, top, kappa), torch.where(better, now, cost)
     return kappa, best
+
+
+class SignedGradientBound(WeightedNormBound):
+    """|J| is bounded over the whole enclosure, and so is its variation in it."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        injection: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        *,
+        fixed: bool = False,
+    ) -> None:
+        self.exact, self.injection = chain.to(torch.float64), injection
+        count = roundings(chain)
+        self.rounding = self.exact_rounding = 4 * gamma(count, torch.float64)
+        lower, upper = (t.double() for t in bounds)
+        steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
+        self.weights, _, self.kappa = weights_for(steep, torch.ones_like(lower), self.rounding, fixed)
+        self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
+        self.underflow = underflow_of_norm(stages(steep, self.weights), count)
+
+    def linearize(self, z: Tensor) -> Linearization:
+        return self.exact.linearize(z, self.injection.double())
+
+
+def signed_bound(
+    chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, fixed: bool = False
+) -> SignedGradientBound | None:
+    """The bound of gradients where the Jacobian is one of diagonals and matrices; division by a norm has none."""
+    return None if chain.normalizes else SignedGradientBound(chain, injection, bounds, fixed=fixed)
+
+
+@dataclass(frozen=True)
+class BoundedGain(Theory):
+    """Absolute row sums, times the largest slopes, below 1: F contracts in the sup norm, for weights and injections of any sign."""
+
+    kind: ClassVar[str] = "bounded gain"
+
+    @property
+    def picard_converges(self) -> bool:
+        return True
+
+    def certify(self, chain: Chain, sign: Sign) -> Certificate:
+        factor = gain(chain)
+        if not factor < 1:
+            raise Near(
+                f"absolute row sums times largest slopes are {near_one(factor)}, not below 1 "
+                "(weights='signed_bounded' keeps them there)",
+                factor,
+            )
+        checked = (f"absolute row sums times largest slopes are at most {near_one(factor)} < 1",)
+        return Certificate(
+            exists=True,
+            unique=True,
+            geometric=True,
+            kind=self.kind,
+            assumptions=checked,
+            rate=factor,
+            metric="sup norm",
+        )
+
+    def at(self, batch: Batch) -> Facts:
+        return Posterior(batch=batch, known=in_weighted_norm(batch.map, batch.injection))
+
+    def bound_gradient(
+        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
+    ) -> GradientBound | None:
+        return signed_bound(chain, injection, bounds, fixed=fixed)
+
+    def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
+        """With L the gain of what follows the injection, |F(z; b) - F(z; c)| <= L |b - c| for every z, and so
+        |z*(b) - z*(c)| <= L |b - c|/(1 - kappa), all in the sup norm.
+        """
+        centre, radius = centre_and_radius(b)
+        found = solve(centre)
+        reach = per_sample(shift(chain, radius), centre)
+        return found.where_proven(widened(found.lower - reach, found.upper + reach, 4 * _U))
+
+
+def shift(chain: Chain, radius: Tensor) -> Tensor:
+    """(batch,) how far the fixed point moves, in every entry, while b does by at most `radius`."""
+    return gain(chain.behind_injection()[1]) * amax(radius) / (1 - gain(chain)) * (1 + 8 * _U)

@@ -21,18 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perron._numerics.batch import all_finite, all_true, amax, amin, per_sample
 from perron._numerics.rounding import Number, Rounding, unit_roundoff
-from perron.cells import reading
 from perron.cells.chain import Chain, ChainLinearization
-from perron.cells.step import Linearization, Refusal
-from perron.cells.trace import trace
-from perron.theory.positive_concave import derive
+from perron.cells.step import Linearization
+from perron.theory.base import Enclosure
 
 __all__ = [
-    "Enclosure",
     "Evaluated",
     "chord",
     "observe",
@@ -40,32 +37,11 @@ __all__ = [
     "prove_around",
     "relative_error_bound",
     "round_outward",
-    "enclose",
 ]
 
 
 # Entries of a state, and of the Jacobians of a batch, up to which the widths of a proof are found by elimination.
 _FACTORISED, _FACTORISED_TOGETHER = 1024, 2**24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Enclosure:
-    """`lower <= z* <= upper` for the samples where `proven` holds.
-
-    Attributes:
-        lower, upper: (batch, ...) in the precision of the proof.
-        proven: (batch,) whether the bounds are proven.
-        proof_dtype: dtype of the arithmetic.
-        residual: (batch,) max_i |f(y) - y|_i / f(y)_i at the upper trial point.
-        evaluations: of f or its Jacobian, per sample, that the proof took.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    proven: Tensor
-    proof_dtype: torch.dtype
-    residual: Tensor
-    evaluations: int = 0
 
 
 # The largest m for which the upper point is scaled: a = m/(1-m) is then 9.
@@ -207,79 +183,10 @@ def round_outward(lower: Tensor, upper: Tensor, dtype: torch.dtype, *, signed: b
     return low, (upper * (1 + slack)).add_(least).to(dtype)
 
 
-def check_injection(injection: Tensor, *, positive: bool) -> None:
-    """Raise ValueError unless every finite entry is nonnegative (positive)."""
-    bad = (injection <= 0) if positive else (injection < 0)
-    if bool(bad.any()):
-        where = bad.nonzero()[0].tolist()
-        value = float(injection[tuple(where)])
-        raise ValueError(
-            f"injection must be {'positive' if positive else 'nonnegative'} for this cell, got {value:.6g} at index {where}; "
-            "use injection='softplus' or 'relu' to make it so"
-        )
-
-
-@torch.no_grad()
-def enclose(
-    cell: nn.Module | Chain,
-    candidate: Tensor,
-    injection: Tensor,
-    *,
-    proof_dtype: torch.dtype = torch.float64,
-    attempts: int = 12,
-    neumann_steps: int = 60,
-) -> Enclosure:
-    """Prove an enclosure of the fixed point around a candidate, whatever produced it.
-
-    Trial points are `candidate -/+ delta w`, w about `(I - J)^{-1} s` by Neumann steps, s a little over the residual.
-
-    Args:
-        cell: a positive concave cell (Sequential with one `Inject`), a layer with a `cell`, or a `Chain`.
-        candidate: (batch, ...) any dtype, for instance float32 or bfloat16.
-        injection: (batch, ...) b itself, as the cell adds it.
-        proof_dtype: precision of the proof; float32 is refused where its sums cannot be bounded, and where a weight or the
-            injection is float64: it would be rounded, and another cell be verified.
-        attempts: how often delta is enlarged for samples that are not proven yet.
-        neumann_steps: at most this many products with J.
-
-    Returns:
-        Enclosure, with `proven` false for samples where no enclosure was found (NaN candidates among them).
-
-    Raises:
-        Refusal: the cell has no certificate, its weights change at every read, or `proof_dtype` allows no proof.
-        ValueError: shapes differ, or the injection is not positive where sigma(0) = 0.
-    """
-    if candidate.shape != injection.shape:
-        raise ValueError(
-            f"candidate has shape {tuple(candidate.shape)}, injection {tuple(injection.shape)}; they must agree"
-        )
-    with reading.without_autocast():
-        if not isinstance(cell, Chain):
-            reading.read_twice(cell)
-        chain = cell if isinstance(cell, Chain) else trace(getattr(cell, "cell", cell))
-        certificate = derive(chain, positive_injection=False)
-        if not certificate:
-            certificate = derive(chain, positive_injection=True)
-            check_injection(injection, positive=True)
-        check_injection(injection, positive=False)
-        if not certificate:
-            raise Refusal(str(certificate.refusal))
-        given = {t.dtype for t in (injection, *chain.tensors)}
-        if any(not t.is_floating_point or torch.promote_types(t, proof_dtype) != proof_dtype for t in given):
-            raise Refusal(f"{proof_dtype} does not hold numbers of {', '.join(sorted(map(str, given)))}; use float64")
-        rigorous = chain.to(proof_dtype).rigorous()
-        if rigorous is None:
-            raise Refusal(f"sums in {proof_dtype} cannot be bounded for this cell on {candidate.device}; use float64")
-        candidate = candidate.to(proof_dtype).clamp_min(0)
-        return prove_around(
-            rigorous, injection.to(proof_dtype), candidate, attempts=attempts, neumann_steps=neumann_steps
-        )
-
-
 def prove_around(
     chain: Chain, injection: Tensor, z: Tensor, *, attempts: int = 12, neumann_steps: int = 60
 ) -> Enclosure:
-    """Prove an enclosure around a candidate z >= 0, all in the dtype of the proof; see `enclose`."""
+    """Prove an enclosure around a candidate z >= 0, all in the dtype of the proof; see `perron.enclose`."""
     rounding = chain.rounding(z.dtype)
     jacobian = chain.linearize(z, injection)
     fz = chain(z, injection)

@@ -14,18 +14,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from perron._numerics.batch import all_finite, euclidean, per_sample
-from perron._numerics.rounding import Number, gamma
+from perron._numerics.interval import Interval, centre_and_radius, widened
+from perron._numerics.rounding import Number, gamma, unit_roundoff
 from perron.activations import Activation
 from perron.cells.chain import Chain
 from perron.cells.injection import InjectStep
-from perron.cells.step import AffineStep
+from perron.cells.step import AffineStep, Refusal
+from perron.theory.base import Batch, Facts, GradientAim, GradientBound, Near, RankOne, Sign, Solve, Theory
+from perron.theory.certificate import Certificate, near_one
+from perron.theory.contraction import sensitivity, signed_bound
+from perron.theory.posterior import Posterior
 
-__all__ = ["Monotonicity", "margin", "monotonicity"]
+__all__ = ["MonotoneGradientBound", "MonotoneOperator", "Monotonicity", "margin", "monotonicity", "shift"]
+
+# Residuals below so many units of roundoff are not asked for.
+_ROUNDING = 16
 
 _U = 2.0**-53
 # More than underflow in the few operations of a proof amounts to.
@@ -124,12 +133,10 @@ class Monotonicity:
 def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
     """The monotonicity of a float64 chain with rigorous sums, or None where no positive margin was verified."""
     parts = _parts(chain)
-    if parts is None or not injection.numel():
+    found = -math.inf if parts is None else parts[0].margin()
+    if parts is None or not found > 0:
         return None
     step, activation = parts
-    found = step.margin()
-    if not found > 0:
-        return None
     base, shift, _ = activation.inner or (activation, 0.0, 1.0)
     offset = shift + 2 * base.at_zero
     underflow = float(step.underflow(torch.float64)) + _TINY
@@ -142,3 +149,111 @@ def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
         offset=offset,
         underflow=underflow,
     )
+
+
+def amplification(norm: Number, m: Number) -> Number:
+    """|g* - c| / |r| at most, for m |y|^2 <= <r, y> and |g* - c| <= norm |y| + |r|, m > 0; see `MonotoneGradientBound`."""
+    return 1 + norm / m
+
+
+class MonotoneGradientBound(GradientBound):
+    """A bound for cells sigma(W z + b) with I - W strongly monotone, however large J is; in the Euclidean norm.
+
+    With the residual r = W^T D* c + v - c at the exact slopes D*, e = g* - c solves e = W^T D* e + r. For y = D* e that
+    says m |y|^2 <= <(I - W^T) y, y> + <(1/D* - 1) y, y> = <r, y>, hence |e| <= (1 + |W|/m) |r|.
+    """
+
+    improves = False
+
+    def __init__(self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], least: float) -> None:
+        rigorous = chain.to(torch.float64).rigorous()
+        assert rigorous is not None
+        self.exact, self.injection = rigorous, injection.double()
+        lower, upper = (t.double() for t in bounds)
+        steep, smallest, _ = sensitivity(rigorous, self.injection, lower, upper)
+        assert smallest[-1] is not None
+        self.steepest, self.flattest = steep.slope, smallest[-1]
+        step = rigorous.steps[0]
+        assert isinstance(step, AffineStep)
+        self.step, self.norm = step, step.norm()
+        self.underflow = lower[:1].numel() * step.underflow(torch.float64) + 1e-290
+        self.amplification = amplification(self.norm, least) * (1 + 1e-12)
+
+    def aim(self, tol: float, v: Tensor) -> GradientAim:
+        # The bound is so many times the residual; what rounding keeps the steps from is not asked of them.
+        goal = max(0.25 * tol / self.amplification, _ROUNDING * unit_roundoff(v.dtype))
+        return GradientAim(goal=goal, weights=None, room=1.0)
+
+    def finish(self, z: Tensor, candidate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidate; (batch,) its relative residual, and the bound on |candidate - g*| / |candidate|."""
+        c, v = candidate.double(), v.double()
+        slope = self.exact.linearize_steps(z.double(), self.injection).slope
+        summed = self.step.magnitude().transpose(slope * c.abs(), c.shape) + v.abs() + c.abs()
+        r = self.step.transpose(slope * c, c.shape) + v - c
+        # Any slope will do: what it is away from the exact one is bounded over the whole enclosure.
+        away = torch.maximum(self.steepest - slope, slope - self.flattest).clamp_min(0) * c.abs()
+        rounding = 2 * gamma(self.step.terms + 8, c.dtype)
+        size, norms = euclidean(c), 1 + gamma(c[:1].numel() + 16, c.dtype)
+        total = euclidean(r) + rounding * euclidean(summed) + self.norm * euclidean(away) + self.underflow
+        bound = self.amplification * total / size * norms**2
+        relative = torch.where(size > 0, euclidean(r) / size, euclidean(r))
+        bound = torch.where((size == 0) & (euclidean(v) == 0), 0.0, bound)
+        return candidate, relative.to(candidate.dtype), torch.where(all_finite(c) & bound.isfinite(), bound, math.inf)
+
+
+@dataclass(frozen=True)
+class MonotoneOperator(Theory):
+    """sigma(W z + b) with I - W strongly monotone: one fixed point for every b, which operator splitting reaches."""
+
+    kind: ClassVar[str] = "monotone operator"
+    splits: ClassVar[bool] = True
+
+    @property
+    def picard_converges(self) -> bool:
+        return False
+
+    def certify(self, chain: Chain, sign: Sign) -> Certificate:
+        least = margin(chain)
+        if not least > -math.inf:
+            raise Refusal(
+                "the cell is not of the form sigma(W z + b) with a nonexpansive sigma and a W of known margin"
+            )
+        if not least > 0:
+            raise Near(
+                f"the symmetric part of W has eigenvalues up to {near_one(1 - least)}, not below 1 "
+                "(MonotoneLinear keeps them there)",
+                1 - least,
+            )
+        checked = (
+            f"I - W is strongly monotone with margin at least {least:.6g} > 0",
+            "the activation is nondecreasing with slopes up to 1",
+        )
+        return Certificate(
+            exists=True, unique=True, geometric=True, kind=self.kind, assumptions=checked, method="operator splitting"
+        )
+
+    def at(self, batch: Batch) -> Facts:
+        known = monotonicity(batch.map, batch.injection)
+        if known is None:
+            raise Refusal("I - W is not strongly monotone")
+        return Posterior(batch=batch, known=known)
+
+    def bound_gradient(
+        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
+    ) -> GradientBound | None:
+        by_norm = signed_bound(chain, injection, bounds, fixed=fixed)
+        if by_norm is None or bool(by_norm.contracts.all()) or not (least := margin(chain)) > 0:
+            return by_norm
+        return MonotoneGradientBound(chain, injection, bounds, least)
+
+    def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
+        """m |z*(b) - z*(c)|^2 <= <b - c, z*(b) - z*(c)>, so |z*(b) - z*(c)| <= |b - c|/m in the Euclidean norm."""
+        centre, radius = centre_and_radius(b)
+        found = solve(centre)
+        reach = per_sample(shift(chain, radius), centre)
+        return found.where_proven(widened(found.lower - reach, found.upper + reach, 4 * _U))
+
+
+def shift(chain: Chain, radius: Tensor) -> Tensor:
+    """(batch,) how far the fixed point moves, in every entry, while b does by at most `radius`."""
+    return euclidean(radius) / margin(chain) * (1 + gamma(radius[:1].numel() + 16, torch.float64))

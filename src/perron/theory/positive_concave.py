@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from perron._numerics.batch import per_sample
+from perron._numerics.interval import Interval
 from perron._numerics.rounding import gamma, product_above
 from perron.cells.activation import ActivationStep
 from perron.cells.chain import Chain, unknown_step
 from perron.cells.injection import InjectStep
 from perron.cells.normalization import NormalizeStep
-from perron.cells.step import AffineStep, Refusal, check_rounding
-from perron.theory.certificate import Certificate, near_one, refused
-from perron.theory.contraction import check_nonnegative, degree
+from perron.cells.step import AffineStep, Linearization, Map, Refusal
+from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
+from perron.theory.certificate import Certificate, near_one
+from perron.theory.orbit import Orbit
+from perron.theory.thompson import check_nonnegative, degree
+from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow_of_norm, weights_for
 
-__all__ = ["derive", "spectral_radius_bound"]
+__all__ = ["ConcaveGradientBound", "PositiveConcave", "spectral_radius_bound"]
 
 
 # Above what underflow takes from a sum, far below every number that counts.
@@ -135,6 +142,15 @@ def _check_positive(chain: Chain, positive_injection: bool) -> None:
         )
 
 
+def _radius_of(chain: Chain, sign: Sign) -> float:
+    """What is left to be seen of a nonnegative chain: f(0) > 0, and the spectral radius of the asymptotic map."""
+    try:
+        _check_positive(chain, sign is Sign.POSITIVE)
+        return _asymptotic_radius(chain)
+    except Refusal as refusal:
+        raise Near(str(refusal), math.inf) from refusal
+
+
 def _a_priori_rate(chain: Chain) -> float | None:
     """The degree, or 1 - min f(0)/sup f, where it does not depend on the input.
 
@@ -151,39 +167,125 @@ def _a_priori_rate(chain: Chain) -> float | None:
     return found if found < 1 else None
 
 
-def derive(chain: Chain, *, positive_injection: bool) -> Certificate:
-    """The certificate of a chain with nonnegative (`positive_injection`: positive) injections, from its weights."""
-    kind = "none"
-    try:
-        check_rounding()
-        chain.sizes()
+class ConcaveGradientBound(WeightedNormBound):
+    """J >= 0, and J falls as z grows: any w > 0 with J(lower) w <= kappa w serves at the fixed point, and J(lower) - J(upper)
+    bounds what J varies by.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        injection: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        *,
+        model: RankOne | None = None,
+        fixed: bool = False,
+    ) -> None:
+        self.exact = chain.to(torch.float64)
+        self.injection = injection
+        count = roundings(chain)
+        lower, upper = bounds
+        # The weights need three digits; a float32 product gives them if its sums are rigorous.
+        rigorous = chain.rigorous()
+        start = lower if rigorous is not None else lower.double()
+        # Slopes come from the value here if they do in `finish`: an enclosure of z* is wider than that of f(z*).
+        by_value = (chain if rigorous is not None else self.exact).linearize_at_fixed_point(start, "upper")
+        if by_value is None:
+            start = lower.double()
+            steep = self.exact.linearize_steps(start, injection.double(), "upper")
+        else:
+            steep = by_value if rigorous is None else replace(by_value, steps=rigorous.steps)
+            if model is not None:
+                # The Perron vector of D r c^T.
+                start = steep.slope * model.rows.view_as(lower[:1])
+        self.rounding = 4 * gamma(count, start.dtype)
+        weights, image, kappa = weights_for(steep, start, self.rounding, fixed)
+        self.weights, self.kappa = weights.double(), kappa.double()
+        slope = None if by_value is None else steep.slope.double()
+        # A w is at hand where J = D A.
+        passed = stages(steep, weights) if slope is None else [weights, image / steep.slope, image]
+        self.underflow = underflow_of_norm(passed, count)
+        self.spread = self._spread(lower.double(), upper.double(), image.double(), slope)
+        self.exact_rounding = 4 * gamma(count, torch.float64)
+
+    def _spread(self, lower: Tensor, upper: Tensor, image: Tensor, slope: Tensor | None) -> Tensor:
+        """At least (J(lower) - J(upper)) w, given J(lower) w, and the slopes in it where these come from the value."""
+        image = image * (1 + self.rounding)
+        if slope is not None:
+            # J = D A: the difference of the diagonals is exact enough, and needs no product.
+            steep = self.exact.linearize_at_fixed_point(lower, "upper")
+            flat = self.exact.linearize_at_fixed_point(upper, "lower")
+            assert steep is not None
+            assert flat is not None
+            share = (steep.slope - flat.slope) / slope.clamp_min(torch.finfo(image.dtype).tiny)
+            return image * share * (1 + 1e-12)
+        flat = self.exact.linearize_steps(upper, self.injection.double(), "lower")
+        return (image - flat.matvec(self.weights) * (1 - self.rounding)).clamp_min(0)
+
+    def linearize(self, z: Tensor) -> Linearization:
+        return PositiveConcave().linearize(self.exact, z, self.injection.double())
+
+
+@dataclass(frozen=True)
+class PositiveConcave(Theory):
+    """Positive, nondecreasing, concave cells: Picard's iterates rise from zero to the only fixed point in the orthant."""
+
+    kind: ClassVar[str] = "positive concave"
+    orthant: ClassVar[bool] = True
+    rises: ClassVar[bool] = True
+
+    @property
+    def picard_converges(self) -> bool:
+        return True
+
+    def certify(self, chain: Chain, sign: Sign) -> Certificate:
+        if sign is Sign.ANY:
+            raise Refusal("the injection may have any sign")
         if chain.normalizes:
             raise Refusal("division by a norm is not nondecreasing")
         _check_nonnegative(chain)
-        kind = "positive concave"
-        _check_positive(chain, positive_injection)
-        radius = _asymptotic_radius(chain)
+        radius = _radius_of(chain, sign)
         if not radius < 1:
-            raise Refusal(
+            raise Near(
                 f"the asymptotic map has spectral radius up to {near_one(radius)}, not below 1: a fixed point may not exist; "
-                "scale the weights down or use a bounded activation"
+                "scale the weights down or use a bounded activation",
+                radius,
             )
-    except Refusal as refusal:
-        return refused(str(refusal), kind=kind)
-    names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
-    count = sum(t.numel() for t in chain.tensors)
-    return Certificate(
-        exists=True,
-        unique=True,
-        geometric=True,
-        kind="positive concave",
-        assumptions=(
-            f"all {count} weights of the cell are finite and nonnegative",
-            f"activations ({names}) are nonnegative, nondecreasing and concave on [0, inf)",
-            "f(0) > 0: " + ("the injection is positive" if positive_injection else "sigma(0) > 0 or a positive bias"),
-            "the asymptotic map is zero (bounded or sublinear cell)"
-            if radius == 0
-            else f"the asymptotic map has spectral radius at most {near_one(radius)} < 1",
-        ),
-        rate=_a_priori_rate(chain),
-    )
+        names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
+        count = sum(t.numel() for t in chain.tensors)
+        return Certificate(
+            exists=True,
+            unique=True,
+            geometric=True,
+            kind=self.kind,
+            assumptions=(
+                f"all {count} weights of the cell are finite and nonnegative",
+                f"activations ({names}) are nonnegative, nondecreasing and concave on [0, inf)",
+                "f(0) > 0: "
+                + ("the injection is positive" if sign is Sign.POSITIVE else "sigma(0) > 0 or a positive bias"),
+                "the asymptotic map is zero (bounded or sublinear cell)"
+                if radius == 0
+                else f"the asymptotic map has spectral radius at most {near_one(radius)} < 1",
+            ),
+            rate=_a_priori_rate(chain),
+            metric="Thompson metric",
+        )
+
+    def at(self, batch: Batch) -> Facts:
+        return Orbit.of(batch)
+
+    def bound_gradient(
+        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
+    ) -> GradientBound | None:
+        return ConcaveGradientBound(chain, injection, bounds, model=model, fixed=fixed)
+
+    def linearize(self, map: Map, z: Tensor, injection: Tensor) -> Linearization:
+        """J at a fixed point in the orthant, from its value alone where the cell allows it."""
+        found = map.linearize_at_fixed_point(z) if isinstance(map, Chain) else None
+        return map.linearize(z, injection) if found is None else found
+
+    def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
+        """f grows with z and b, so z* grows with b: z*(b) lies between the lower bound of z*(b_lo) and the upper of z*(b_hi)."""
+        low, high = solve(b.lower), solve(b.upper)
+        proven = per_sample(low.bounded & high.bounded, low.lower)
+        return Interval(torch.where(proven, low.lower, torch.nan), torch.where(proven, high.upper, torch.nan))

@@ -12,42 +12,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perron._numerics.batch import amax, amin, euclidean, per_sample
+from perron._numerics.batch import amin, per_sample
+from perron._numerics.interval import Interval, centre_and_radius, widened
 from perron._numerics.rounding import gamma
 from perron.cells import reading
-from perron.cells.activation import ACTIVATION_MODULES, Activate, ActivationStep, activation_of
+from perron.cells.activation import ACTIVATION_MODULES, Activate, activation_of
 from perron.cells.chain import Chain
 from perron.cells.dropout import does_nothing
-from perron.cells.injection import InjectStep
-from perron.cells.normalization import NormalizeStep
-from perron.cells.step import AffineStep, Refusal, check_rounding
+from perron.cells.step import Refusal, check_rounding
 from perron.cells.trace import AFFINE_MODULES, affine_step, trace
 from perron.nn import Equilibrium, GraphEquilibrium
 from perron.nn.equilibrium import Injection, positive_injection
-from perron.solvers import Auto, FixedPointProblem
-from perron.theory.certificate import Certificate
-from perron.theory.contraction import activation_degree, gain
-from perron.theory.monotone_operator import margin
+from perron.problem import FixedPointProblem
+from perron.solvers import Auto
+from perron.theory.base import Sign, Solved, Theory
+from perron.theory.certify import pose
 
 __all__ = ["ClassCertificate", "Interval", "certify_classes", "propagate"]
 
 DTYPE = torch.float64
 _TINY = torch.finfo(DTYPE).tiny
 _U = 2.0**-53
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A box, entrywise `lower <= value <= upper`, (batch, ...); where an end is NaN nothing is known of the value."""
-
-    lower: Tensor
-    upper: Tensor
 
 
 def _affine(module: nn.Module, path: str, box: Interval) -> Interval:
@@ -58,18 +50,6 @@ def _affine(module: nn.Module, path: str, box: Interval) -> Interval:
         raise ValueError(f"{path} takes (batch, channels, *{len(module.kernel_size)}), got {tuple(box.lower.shape)}")
     (step,) = rigorous.affine
     return Interval(*step.over(box.lower, box.upper))
-
-
-def _widened(low: Tensor, high: Tensor, relative: float) -> Interval:
-    """The ends moved outwards by their rounding, which is that much of them but for underflow."""
-    return Interval(low - relative * low.abs() - _TINY, high + relative * high.abs() + _TINY)
-
-
-def _centre(box: Interval) -> tuple[Tensor, Tensor]:
-    """c and r with |v - c| <= r for every v of the box: r is the exact distance of an end but for one rounding."""
-    centre = box.lower / 2 + box.upper / 2
-    radius = torch.maximum(box.upper - centre, centre - box.lower)
-    return centre, radius * (1 + 4 * _U)
 
 
 def _batch_norm(module: nn.BatchNorm1d, path: str, box: Interval) -> Interval:
@@ -95,7 +75,7 @@ def _batch_norm(module: nn.BatchNorm1d, path: str, box: Interval) -> Interval:
     scale = (scale / torch.sqrt(var + module.eps)).reshape(shape)
     bias = torch.zeros_like(mean) if module.bias is None else module.bias.to(DTYPE)
     mean, bias = mean.reshape(shape), bias.reshape(shape)
-    centre, radius = _centre(box)
+    centre, radius = centre_and_radius(box)
     middle = (centre - mean) * scale + bias
     size = (centre.abs() + radius + mean.abs()) * scale.abs() + bias.abs()
     spread = radius * scale.abs() + 2 * gamma(8, DTYPE) * size + _TINY
@@ -115,7 +95,7 @@ def _leaky_relu(module: nn.LeakyReLU, path: str, box: Interval) -> Interval:
     if not 0 <= module.negative_slope < torch.inf:
         raise Refusal(f"{path} has the negative slope {module.negative_slope}, with which it is not nondecreasing")
     low, high = (F.leaky_relu(end, module.negative_slope) for end in (box.lower, box.upper))
-    return _widened(low, high, 4 * _U)
+    return widened(low, high, 4 * _U)
 
 
 def _softplus(module: nn.Softplus, path: str, box: Interval) -> Interval:
@@ -132,7 +112,7 @@ def _softplus(module: nn.Softplus, path: str, box: Interval) -> Interval:
     # At the threshold it is rounding that decides.
     low = torch.where(beta * box.upper >= threshold - 4 * _U * abs(threshold), low - gap, low)
     # The rounding of beta v, down to -745, is relative to exp(beta v).
-    return _widened(low, high, 1024 * _U)
+    return widened(low, high, 1024 * _U)
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -165,25 +145,35 @@ def _unflatten(module: nn.Unflatten, path: str, box: Interval) -> Interval:
 
 
 def _equilibrium(layer: Equilibrium, path: str, box: Interval) -> Interval:
+    map, reason, derived = None, None, None
     try:
-        map, reason = trace(layer.cell, f"{path}[cell]"), None
-        certificate, positive = layer.derive(map, None)
-        reason = certificate.refusal
+        map = trace(layer.cell, f"{path}[cell]")
+        derived = layer.derive(map)
+        reason = derived.certificate.refusal
     except Refusal as refusal:
         reason = str(refusal)
-    if reason is not None:
+    if map is None or derived is None or derived.theory is None:
         raise Refusal(f"the equilibrium layer {path} is not certified: {reason}")
     if map.per_sample:
         raise Refusal(f"dropout in {path}[cell] makes another map of every sample in training mode; call model.eval()")
     if (inner := getattr(layer, "input", None)) is not None:
         box = _propagate(inner, f"{path}[input]", box)
-    injections = _injections(layer.injection, box)
     solver = Auto(tol=min(layer.solver.tol, 1e-4), max_steps=2000, proof_dtype=DTYPE, on_failure="ignore")
-    if certificate.kind in ("positive concave", "subhomogeneous"):
-        injections = _within_domain(injections, positive)
-    if certificate.kind == "positive concave":
-        return _between_ends(map.to(DTYPE), injections, solver)
-    return _around_centre(map.to(DTYPE), certificate, injections, solver)
+    chain = map.to(DTYPE)
+    theory, _ = pose(chain, (derived.sign,))
+    injections = _within_domain(_injections(layer.injection, box), derived.sign)
+    return derived.theory.moved(chain, injections, partial(_solved, solver, chain, theory))
+
+
+def _solved(solver: Auto, chain: Chain, theory: Theory, b: Tensor) -> Solved:
+    found = solver.solve(FixedPointProblem(chain, b, theory))
+    unknown = torch.full_like(b, torch.nan)
+    return Solved(
+        lower=unknown if found.lower is None else found.lower,
+        upper=unknown if found.upper is None else found.upper,
+        proven=found.proven,
+        bounded=found.error_bound.isfinite(),
+    )
 
 
 def _injections(injection: Injection, box: Interval) -> Interval:
@@ -192,90 +182,16 @@ def _injections(injection: Injection, box: Interval) -> Interval:
     The rounding of softplus is that of 5 v, down to -84 where the floor is, relative to exp(5 v), and of a few more.
     """
     low, high = (positive_injection(end, injection) for end in (box.lower, box.upper))
-    return _widened(low, high, 128 * _U) if injection == "softplus" else Interval(low, high)
+    return widened(low, high, 128 * _U) if injection == "softplus" else Interval(low, high)
 
 
-def _within_domain(b: Interval, positive: bool) -> Interval:
-    """NaN for samples with injections that are negative, or where the proof needs positive ones not positive."""
+def _within_domain(b: Interval, sign: Sign) -> Interval:
+    """NaN for samples with injections that the proof does not cover."""
+    if sign is Sign.ANY:
+        return b
     least = amin(b.lower)
-    return Interval(
-        torch.where(per_sample(least > 0 if positive else least >= 0, b.lower), b.lower, torch.nan), b.upper
-    )
-
-
-def _between_ends(chain: Chain, b: Interval, solver: Auto) -> Interval:
-    """f grows with z and b, so z* grows with b: z*(b) lies between the lower bound of z*(b_lo) and the upper of z*(b_hi)."""
-    low, high = (solver.solve(FixedPointProblem(chain, end, proven=True)) for end in (b.lower, b.upper))
-    assert low.lower is not None
-    assert high.upper is not None
-    proven = per_sample(low.error_bound.isfinite() & high.error_bound.isfinite(), low.lower)
-    return Interval(torch.where(proven, low.lower, torch.nan), torch.where(proven, high.upper, torch.nan))
-
-
-def _around_centre(chain: Chain, certificate: Certificate, b: Interval, solver: Auto) -> Interval:
-    """From the enclosure at the centre c: how far z*(b) can be from z*(c) for |b - c| <= r.
-
-    With d a distance, q < 1 the factor of F in it and D >= d(F(z; b), F(z; c)) for every z,
-    d(z*(b), z*(c)) <= q d(z*(b), z*(c)) + D, so at most D/(1 - q):
-
-    * bounded gain: the sup norm, and D = L max r with the gain L of what follows the injection;
-    * subhomogeneous of degree mu: Thompson's metric, q = mu, and D of `_thompson_distance`.
-
-    Monotone: m |z*(b) - z*(c)|^2 <= <b - c, z*(b) - z*(c)>, so at most |r|/m in the Euclidean norm.
-    """
-    centre, radius = _centre(b)
-    solution = solver.solve(FixedPointProblem(chain, centre, contracts=True))
-    if solution.lower is None or solution.upper is None:
-        return Interval(torch.full_like(centre, torch.nan), torch.full_like(centre, torch.nan))
-    low, high = solution.lower, solution.upper
-    if certificate.kind == "subhomogeneous":
-        assert certificate.rate is not None
-        # The quotients and logarithms in D are exact to 1e-12, absolutely.
-        apart = (_thompson_distance(chain, b, centre) + 1e-12) / (1 - certificate.rate) * (1 + 1e-12)
-        factor = per_sample(torch.exp(apart) * (1 + 1e-12), low)
-        box = Interval(low / factor, high * factor + _TINY)
-    else:
-        reach = per_sample(_shift(chain, certificate, radius), low)
-        box = _widened(low - reach, high + reach, 4 * _U)
-    proven = per_sample(solution.proven, low) & box.lower.isfinite() & box.upper.isfinite()
-    return Interval(torch.where(proven, box.lower, torch.nan), torch.where(proven, box.upper, torch.nan))
-
-
-def _behind_injection(chain: Chain) -> tuple[int, Chain]:
-    """The place of the injection, and what follows it."""
-    place = [isinstance(s, InjectStep) for s in chain.steps].index(True)
-    return place, Chain(chain.steps[place + 1 :])
-
-
-def _shift(chain: Chain, certificate: Certificate, radius: Tensor) -> Tensor:
-    """(batch,) how far the fixed point moves, in every entry, while b does by at most `radius`."""
-    if certificate.kind == "monotone operator":
-        return euclidean(radius) / margin(chain) * (1 + gamma(radius[:1].numel() + 16, DTYPE))
-    assert certificate.kind == "bounded gain"
-    assert certificate.rate is not None
-    return gain(_behind_injection(chain)[1]) * amax(radius) / (1 - certificate.rate) * (1 + 8 * _U)
-
-
-def _thompson_distance(chain: Chain, b: Interval, centre: Tensor) -> Tensor:
-    """(batch,) between F(z; b) and F(z; centre), whatever z > 0 and b >= 0 in the box are.
-
-    Affine steps with nonnegative entries do not enlarge it, activations multiply it by their degree, and division by a norm
-    at most doubles it: d(x/|x|, y/|y|) <= d(x, y) + |log(|x|/|y|)|.
-    """
-    place, rest = _behind_injection(chain)
-    before = chain.steps[place - 1] if place else None
-    # v + b and v + c are farthest apart, as ratios, where v is least.
-    least = before.activation.at_zero * (1 - 1e-12) if isinstance(before, ActivationStep) else 0.0
-    up, down = (least + b.upper) / (least + centre), (least + centre) / (least + b.lower)
-    apart = amax(torch.log(torch.maximum(up, down)))
-    for step in rest.steps:
-        if isinstance(step, ActivationStep):
-            apart = apart * min(activation_degree(step.activation), 1.0)
-        elif isinstance(step, NormalizeStep):
-            apart = apart * 2
-        elif not isinstance(step, AffineStep):
-            raise Refusal(f"what a {type(step).__name__} does to distances is not known")
-    return apart
+    covered = least > 0 if sign is Sign.POSITIVE else least >= 0
+    return Interval(torch.where(per_sample(covered, b.lower), b.lower, torch.nan), b.upper)
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
