@@ -400,8 +400,8 @@ MUTANTS = [
     ),
     Mutant(
         "slopes of values beyond the range",
-        "cells/chain.py",
-        "        value = value.clamp(activation.at_zero, activation.supremum)\n",
+        "cells/activation.py",
+        "        value = value.clamp(sigma.at_zero, sigma.supremum)\n",
         "",
         "tests/solvers/test_adjoint.py",
     ),
@@ -414,9 +414,9 @@ MUTANTS = [
     ),
     Mutant(
         "underflow before a norm",
-        "cells/chain.py",
-        "relative = compound(relative, 2 * float(absolute) / LEAST_NORMALIZED)",
-        "pass",
+        "cells/normalization.py",
+        "relative = compound(before.relative, 2 * float(before.absolute) / LEAST_NORMALIZED)",
+        "relative = before.relative",
         "tests/theory/test_contraction.py",
     ),
     Mutant(

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "perron"
 ORDER = [
     ("_errors",),
     ("activations", "constraints", "_files", "_numerics"),
+    ("cells.refusal", "cells.sizes"),
     ("cells.step", "cells.reading"),
     ("cells",),
     ("cells.chain", "cells.opaque"),

@@ -193,7 +193,7 @@ def test_fast_math_of_the_library_never_proves(monkeypatch: pytest.MonkeyPatch) 
     assert full_float32()
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     assert not full_float32()
-    assert DenseStep((torch.rand(2, 2),), None).rigorous() is None
+    assert DenseStep(weights=(torch.rand(2, 2),)).rigorous() is None
 
 
 # ----------------------------------------------------------------------------------- what bounds are made of, exactly
@@ -264,7 +264,7 @@ def test_margins_of_two_by_two_matrices(dtype: torch.dtype) -> None:
         weight = torch.tensor([[1 - abs(c) - gap, c + skew], [c - skew, 1 - abs(c) - gap]], dtype=dtype)
         a, b, d = (Fraction(float(x)) for x in (weight[0, 0], weight[0, 1], weight[1, 0]))
         exact = 1 - a - abs(b + d) / 2
-        found = DenseStep((weight,), None).margin()
+        found = DenseStep(weights=(weight,)).margin()
         assert Fraction(found) <= exact
         assert found >= float(exact) - 1e-13
 
@@ -297,7 +297,7 @@ def test_only_antisymmetric_kernels_have_a_margin() -> None:
 def test_what_underflows_inside_of_a_product_is_bounded() -> None:
     """R^T v is 1e-350, which is 0, and L R^T v is 1e-50, which is not."""
     one = torch.ones(1, 1, dtype=torch.float64)
-    step = DiagonalLowRankStep((torch.zeros(1, dtype=torch.float64), 1e300 * one, 1e-200 * one), None)
+    step = DiagonalLowRankStep(weights=(torch.zeros(1, dtype=torch.float64), 1e300 * one, 1e-200 * one))
     low, high = step.over(1e-150 * one, 1e-150 * one)
     assert float(low) <= 1e-50 <= float(high)
     assert float(step.underflow(torch.float64)) >= 1e-50
@@ -399,7 +399,7 @@ def test_weights_with_an_arithmetic_of_their_own_are_not_read() -> None:
     with pytest.raises(Refusal, match="a Coarse, whose arithmetic is not known"):
         affine_step(linear)
     with pytest.raises(Refusal, match="Coarse"):
-        DenseStep((linear.weight,), None).check_tensors()
+        DenseStep(weights=(linear.weight,)).check()
     cell = nn.Sequential(linear, Inject(), nn.Tanh())
     assert "Coarse" in certify(cell).refusal
     solution = Equilibrium(cell, solver=Auto(tol=1e-2)).solve(torch.rand(3, 2))

@@ -118,18 +118,18 @@ def exact_relative(chain: Chain) -> Fraction:
 
 def test_no_rounding_is_lost_beside_1() -> None:
     """(1 + r)(1 + u) - 1 is r in floating point: a sum with an injection would cost nothing."""
-    matrix = DenseStep((torch.rand(3, 3, dtype=torch.float64),), None)
-    sigma = ActivationStep(ACTIVATIONS["tanh"])
+    matrix = DenseStep(weights=(torch.rand(3, 3, dtype=torch.float64),))
+    sigma = ActivationStep(activation=ACTIVATIONS["tanh"])
     for steps in ((InjectStep(),), (InjectStep(), matrix), (matrix, InjectStep(), sigma), (matrix, sigma) * 4):
         chain = Chain(steps)
         found, exact = Fraction(chain.rounding(torch.float64).relative), exact_relative(chain)
         assert exact <= found <= exact * (1 + Fraction(1, 10**12))
 
 
-HALF = DenseStep((0.5 * torch.eye(2, dtype=torch.float64),), None)
+HALF = DenseStep(weights=(0.5 * torch.eye(2, dtype=torch.float64),))
 
 
-@pytest.mark.parametrize("step", [Tenfold(), TenfoldMatrix(HALF.weights, None)])
+@pytest.mark.parametrize("step", [Tenfold(), TenfoldMatrix(weights=HALF.weights)])
 def test_steps_that_nobody_knows_are_not_the_identity(step: object) -> None:
     """A chain with one is evaluated, and nothing else."""
     chain = Chain((HALF, step, InjectStep()))
@@ -141,7 +141,7 @@ def test_steps_that_nobody_knows_are_not_the_identity(step: object) -> None:
         lambda: chain.linear(z),
         lambda: chain.rigorous(),
         lambda: chain.sizes(),
-        lambda: Chain((*chain.steps, ActivationStep(ACTIVATIONS["tanh"]))).single,
+        lambda: Chain((*chain.steps, ActivationStep(activation=ACTIVATIONS["tanh"]))).single,
         lambda: chain.pullback(z, z, z),
         lambda: chain.linearize(z, z),
         lambda: chain.linearize_steps(z, z, "upper"),

@@ -473,16 +473,16 @@ class TenfoldActivation(ActivationStep):
         return 10 * self.activation(v)
 
 
-HALF = DenseStep((0.5 * torch.eye(2, dtype=torch.float64),), None)
+HALF = DenseStep(weights=(0.5 * torch.eye(2, dtype=torch.float64),))
 FOREIGN = {
-    "a class of its own": (HALF, Tenfold(), InjectStep(), ActivationStep(ACTIVATIONS["relu"])),
-    "a matrix": (TenfoldMatrix(HALF.weights, None), InjectStep(), ActivationStep(ACTIVATIONS["relu"])),
-    "an activation": (HALF, InjectStep(), TenfoldActivation(ACTIVATIONS["relu"])),
+    "a class of its own": (HALF, Tenfold(), InjectStep(), ActivationStep(activation=ACTIVATIONS["relu"])),
+    "a matrix": (TenfoldMatrix(weights=HALF.weights), InjectStep(), ActivationStep(activation=ACTIVATIONS["relu"])),
+    "an activation": (HALF, InjectStep(), TenfoldActivation(activation=ACTIVATIONS["relu"])),
     "facts": (
         HALF,
         InjectStep(),
         ActivationStep(
-            Activation(
+            activation=Activation(
                 name="relu",
                 function=lambda v: 10 * v,
                 derivative=torch.ones_like,
@@ -506,7 +506,7 @@ def test_steps_that_nobody_knows_prove_nothing(name: str) -> None:
 
 
 def test_two_injections_or_none_are_no_cell() -> None:
-    sigma = ActivationStep(ACTIVATIONS["tanh"])
+    sigma = ActivationStep(activation=ACTIVATIONS["tanh"])
     assert certify(Chain((HALF, InjectStep(), sigma)))
     assert not certify(Chain((HALF, sigma)))
     assert not certify(Chain((HALF, InjectStep(), InjectStep(), sigma)))

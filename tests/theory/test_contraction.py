@@ -526,7 +526,7 @@ def test_steep_powers_have_their_rounding() -> None:
     v = torch.full((1,), -30.0, dtype=torch.float64)
     with mpmath.workdps(50):
         exact = (mpmath.tanh(-30) + mpmath.mpf(1.000000001)) ** mpmath.mpf(0.1)
-        low, high = _step_over(ActivationStep(activation), v, v, v)
+        low, high = _step_over(ActivationStep(activation=activation), v, v, v)
         assert mpmath.mpf(float(low)) <= exact <= mpmath.mpf(float(high))
     # One roundoff of tanh, times p x^(p - 1).
     assert float(high - low) > 0.1 * 1e-9**-0.9 * 1e-16
@@ -623,8 +623,8 @@ def test_underflow_in_a_subhomogeneous_cell_is_no_relative_error() -> None:
 
 def chain_of(*scales: float, activation: str = "identity") -> Chain:
     """z -> sigma(s_1 s_2 ... z + b) in one dimension, one matrix for each factor."""
-    maps = [DenseStep((torch.tensor([[s]], dtype=torch.float64),), None) for s in scales]
-    return Chain((*maps, InjectStep(), ActivationStep(get_activation(activation))))
+    maps = [DenseStep(weights=(torch.tensor([[s]], dtype=torch.float64),)) for s in scales]
+    return Chain((*maps, InjectStep(), ActivationStep(activation=get_activation(activation))))
 
 
 @pytest.mark.parametrize("scales", [(0.9,), (-0.9,), (3.0, -0.3), (1e-200, 1e-200, 1e300, 0.7e100), (1 - 1e-9,)])
@@ -659,7 +659,7 @@ def test_the_factor_of_the_weighted_norm_is_attained() -> None:
         radius = float(torch.linalg.eigvals(weight.abs()).abs().max())
         weight = weight * (1 - 10.0 ** -(1 + seed % 6)) / radius
         matrix = [[abs(Fraction(x)) for x in row] for row in weight.tolist()]
-        chain = Chain((DenseStep((weight,), None), InjectStep(), ActivationStep(get_activation("tanh"))))
+        chain = Chain((DenseStep(weights=(weight,)), InjectStep(), ActivationStep(activation=get_activation("tanh"))))
         known = contraction(chain, torch.zeros(1, 2, dtype=torch.float64))
         if known.norm.factor < 1:
             found += 1

@@ -28,10 +28,12 @@ class Rounding:
     Attributes:
         relative: of every entry.
         absolute: what underflow adds; a scalar tensor, so that nothing waits for the device.
+        exact: whether nothing was computed yet.
     """
 
     relative: float
     absolute: Tensor | float
+    exact: bool = False
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -12,8 +12,9 @@ from perron.cells.low_rank import DiagonalLowRank, DiagonalLowRankStep
 from perron.cells.normalization import Normalize, NormalizeStep
 from perron.cells.opaque import OneSystem, Opaque, as_cell
 from perron.cells.pooling import PoolStep
+from perron.cells.refusal import Refusal
 from perron.cells.sparse import SparseLinear, SparsePattern, SparseStep
-from perron.cells.step import AffineStep, Linearization, Map, Refusal
+from perron.cells.step import AffineStep, Linearization, Map, Step
 from perron.cells.trace import affine_step, as_map, trace
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SparseLinear",
     "SparsePattern",
     "SparseStep",
+    "Step",
     "VariationalDropout",
     "affine_step",
     "as_cell",

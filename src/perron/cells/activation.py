@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from perron._numerics.rounding import Rounding, compound, gamma, unit_roundoff
 from perron.activations import ACTIVATIONS, Activation, get_activation
-from perron.cells.step import Refusal
+from perron.cells.elementwise import ElementwiseStep
+from perron.cells.refusal import Refusal
+from perron.cells.step import Side, Weightless, known
 
-__all__ = ["ACTIVATION_MODULES", "Activate", "ActivationStep", "activation_of", "is_known"]
+__all__ = ["ACTIVATION_MODULES", "Activate", "ActivationStep", "activation_of", "is_tested"]
+
+# Those that project onto an interval.
+_PROJECTIONS = ("relu", "relu6", "identity")
 
 
 class Activate(nn.Module):
@@ -33,12 +41,12 @@ class Activate(nn.Module):
 
     def __reduce__(self) -> Any:
         # Activations hold functions that cannot be pickled; the name says it all.
-        if is_known(self.activation):
+        if is_tested(self.activation):
             return _rebuild_activate, (self.activation.name, self.training)
         return super().__reduce__()
 
 
-def is_known(activation: Activation) -> bool:
+def is_tested(activation: Activation) -> bool:
     """Whether its facts are the tested ones, rather than somebody's word."""
     try:
         # Equal, with the same functions: copies of a layer copy the record.
@@ -51,12 +59,66 @@ def _rebuild_activate(name: str, training: bool) -> Activate:
     return Activate(name).train(training)
 
 
-@dataclass(frozen=True)
-class ActivationStep:
+@known
+@dataclass(frozen=True, kw_only=True)
+class ActivationStep(Weightless, ElementwiseStep):
+    """v -> sigma(v)."""
+
     activation: Activation
 
-    def __call__(self, v: Tensor) -> Tensor:
+    def __call__(self, v: Tensor, injection: Tensor | None = None) -> Tensor:
         return self.activation(v)
+
+    def check(self) -> None:
+        if not is_tested(self.activation):
+            raise Refusal(f"the facts of activation {self.activation.name!r} are not among the tested ones")
+
+    def rounded(self, before: Rounding, dtype: torch.dtype, entries: int) -> Rounding:
+        sigma = self.activation
+        relative = compound(before.relative, gamma(sigma.ulps, dtype))
+        return Rounding(relative, 2 * max(sigma.slope_at_zero, 1.0) * before.absolute + torch.finfo(dtype).tiny)
+
+    def derivative(self, v: Tensor) -> Tensor:
+        # From the argument, not from the value: where sigma saturates only that has any digits.
+        return self.activation.derivative(v)
+
+    def bounded_derivative(self, v: Tensor, side: Side, slack: float) -> Tensor:
+        error = self.activation.ulps * unit_roundoff(v.dtype) * self.activation.slope_at_zero
+        # Concave: the slope falls with v, so an upper bound is taken a little to the left.
+        sign = 1 if side == "upper" else -1
+        return (self.activation.derivative(v * (1 - sign * slack)) + sign * error).clamp_min(0)
+
+    def derivative_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
+        sigma = self.activation
+        if sigma.derivative_of_value is None or not sigma.smooth:
+            return None
+        # A bound, or the middle of two, may lie out of the range of sigma, where the slope is no function of the value.
+        value = value.clamp(sigma.at_zero, sigma.supremum)
+        slope = sigma.derivative_of_value(value)
+        if side is None:
+            return slope
+        error = sigma.ulps * unit_roundoff(value.dtype) * sigma.slope_at_zero
+        return (slope + error if side == "upper" else slope - error).clamp_min(0)
+
+    @property
+    def is_affine(self) -> bool:
+        return self.activation.name == "identity"
+
+    @property
+    def scalar(self) -> Activation:
+        return self.activation
+
+    @property
+    def supremum(self) -> float:
+        return self.activation.supremum
+
+    @property
+    def projects(self) -> bool:
+        return self.activation.name in _PROJECTIONS
+
+    def signature(self) -> Hashable:
+        # Itself, not its name.
+        return self.activation
 
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -77,7 +139,7 @@ def activation_of(module: nn.Module, kind: type[nn.Module], path: str) -> Activa
     """
     if kind is Activate:
         assert isinstance(module, Activate)
-        if not is_known(module.activation):
+        if not is_tested(module.activation):
             raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
         return module.activation
     if kind is nn.ReLU6 and (module.min_val, module.max_val) != (0, 6):

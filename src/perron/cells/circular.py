@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron.cells.convolution import ConvolutionStep
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["MonotoneConvolution2d", "MonotoneConvolutionStep", "monotone_convolution_step", "transposed_kernel", "wrap"]
 
@@ -84,7 +85,8 @@ class MonotoneConvolution2d(nn.Module):
         return f"{self.features}, kernel_size={self.kernel_size}, margin={self.margin}"
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class MonotoneConvolutionStep(AffineStep):
     """A = c I - K^T K + S with circular convolutions, `weights` their kernels (K, S), of which S is antisymmetric.
 
@@ -125,7 +127,9 @@ class MonotoneConvolutionStep(AffineStep):
         return self.identity * v - symmetric + sign * self._convolve(v, skew)
 
     def _convolve(self, v: Tensor, kernel: Tensor) -> Tensor:
-        step = ConvolutionStep((kernel,), None, (1, 1), (0, 0), (1, 1), 1, self.unfolded)
+        step = ConvolutionStep(
+            weights=(kernel,), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, unfolded=self.unfolded
+        )
         return step.apply(wrap(v, kernel), None)
 
     def magnitude(self) -> AffineStep:
@@ -160,6 +164,17 @@ class MonotoneConvolutionStep(AffineStep):
         # The bound of |A| is symmetric: its largest row sum bounds its norm.
         return float(self.row_sums())
 
+    def resolvent(self, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
+        modes = self.frequencies(*state.shape[2:])
+        inverse = torch.linalg.inv(2 * torch.eye(modes.shape[-1], dtype=modes.dtype, device=modes.device) - modes)
+        inverse = inverse.mH if transposed else inverse
+
+        def solve(r: Tensor) -> Tensor:
+            image = torch.einsum("hwij,bjhw->bihw", inverse, torch.fft.rfft2(r))
+            return torch.fft.irfft2(image, s=r.shape[2:])
+
+        return solve
+
     def frequencies(self, rows: int, columns: int) -> Tensor:
         """A on every Fourier mode of real (rows, columns) images: (rows, columns // 2 + 1, features, features)."""
         k, skew = (self._on_modes(w, rows, columns) for w in self.weights)
@@ -190,4 +205,4 @@ def monotone_convolution_step(module: nn.Module) -> AffineStep:
     working = torch.float64 if module.a.dtype == torch.float64 else torch.float32
     identity = float(torch.tensor(1 - module.margin, dtype=working))
     # b(i, j) - b(j, i) and b(j, i) - b(i, j) round alike: antisymmetric in any precision.
-    return MonotoneConvolutionStep((module.a, b - transposed_kernel(b) if square else b), None, identity)
+    return MonotoneConvolutionStep(weights=(module.a, b - transposed_kernel(b) if square else b), identity=identity)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from perron.cells.dense import DenseStep
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["ConvolutionStep", "convolution_step", "sides"]
 
@@ -22,7 +22,8 @@ __all__ = ["ConvolutionStep", "convolution_step", "sides"]
 _PATCH_BYTES = 2**20
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class ConvolutionStep(AffineStep):
     """A is a convolution with zero padding. `unfolded` evaluates it as a matrix product (CPU, one group)."""
 
@@ -140,17 +141,17 @@ class ConvolutionStep(AffineStep):
             return replace(self, unfolded=True)
         return self if weight.dtype == torch.float64 else None
 
-    def keeps_shape(self) -> bool:
-        """Whether the kernel is odd, padded by half of it with zeros, of stride 1, undilated and in one group."""
+    def kernel_of_same_shape(self) -> Tensor | None:
         same = not isinstance(self.padding, str) and all(
             k % 2 == 1 and p == (k - 1) // 2 for k, p in zip(self.kernel, self.padding, strict=True)
         )
-        return same and set(self.stride) == {1} and set(self.dilation) == {1} and self.groups == 1
+        plain = set(self.stride) == {1} and set(self.dilation) == {1} and self.groups == 1
+        return self.weights[0] if same and plain else None
 
     def channels(self) -> tuple[AffineStep, ...]:
         if self.groups != 1 or set(self.stride) != {1}:
             raise Refusal("the spectral radius of a grouped or strided convolution is not bounded here")
-        return (DenseStep((self.exact().weights[0].flatten(2).sum(2),), None),)
+        return (DenseStep(weights=(self.exact().weights[0].flatten(2).sum(2),)),)
 
     def positive(self) -> bool:
         # The tap at `padding` meets an input pixel at every output pixel, the border included.
@@ -170,7 +171,14 @@ def convolution_step(module: nn.Module) -> AffineStep:
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[parametrize.type_before_parametrizations(module)]  # type: ignore[index]
     padding = module.padding if isinstance(module.padding, str) else sides(module.padding, dims)
     stride, dilation = sides(module.stride, dims), sides(module.dilation, dims)
-    return ConvolutionStep((module.weight,), module.bias, stride, padding, dilation, module.groups)
+    return ConvolutionStep(
+        weights=(module.weight,),
+        bias=module.bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=module.groups,
+    )
 
 
 def sides(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron._numerics.rounding import gamma
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["DenseStep", "linear_step"]
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class DenseStep(AffineStep):
     """A is a matrix (out, in)."""
 
@@ -41,6 +43,22 @@ class DenseStep(AffineStep):
 
     def largest_row(self) -> Tensor:
         return largest(self.weight.sum(1))
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def signature(self) -> Hashable:
+        return self.structure()
+
+    def resolvent(self, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
+        weight = self.weight.t() if transposed else self.weight
+        eye = torch.eye(len(weight), dtype=state.dtype, device=state.device)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(2 * eye - weight)
+
+        def solve(r: Tensor) -> Tensor:
+            return torch.linalg.lu_solve(factors, pivots, r.flatten(0, -2).t()).t().reshape(r.shape)
+
+        return solve
 
     def margin(self) -> float:
         """From the eigenvalues of S = I - (W + W^T)/2 in float64; a Cholesky factorisation proves them.
@@ -88,4 +106,4 @@ class DenseStep(AffineStep):
 
 def linear_step(module: nn.Module) -> AffineStep:
     assert isinstance(module, nn.Linear)
-    return DenseStep((module.weight,), module.bias)
+    return DenseStep(weights=(module.weight,), bias=module.bias)

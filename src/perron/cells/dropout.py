@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.sizes import Sizes
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["MaskStep", "VariationalDropout", "does_nothing"]
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class MaskStep(AffineStep):
     """A is diagonal; `weights` holds the diagonal of every sample, (batch, ...).
 
@@ -36,6 +38,15 @@ class MaskStep(AffineStep):
 
     def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
         return self.apply(g, None)
+
+    def track(self, sizes: Sizes) -> None:
+        sizes.require_state("mask", "drops entries")
+        super().track(sizes)
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        # A mask is drawn for the state, in its precision.
+        return frozenset()
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         return {}
@@ -107,7 +118,7 @@ class VariationalDropout(nn.Module):
             raise Refusal(f"no mask of a dropout with p = {self.p} is known; p must be in [0, 1)")
         mask = torch.empty(0) if self.mask is None else self.mask
         # A little more than 1/(1 - p), which float32 may have rounded up.
-        return MaskStep((mask,), None, (1 + 2**-20) / (1 - self.p))
+        return MaskStep(weights=(mask,), scale=(1 + 2**-20) / (1 - self.p))
 
     def forward(self, v: Tensor) -> Tensor:
         return self.step()(v) if self.active else v

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from perron._numerics.rounding import Rounding, compound, gamma
+from perron.cells.sizes import Sizes
+from perron.cells.step import Weightless, known
 
 __all__ = ["INJECTION", "Inject", "InjectStep"]
 
@@ -24,8 +30,9 @@ class Inject(nn.Module):
         return v + injection
 
 
-@dataclass(frozen=True)
-class InjectStep:
+@known
+@dataclass(frozen=True, kw_only=True)
+class InjectStep(Weightless):
     """v -> v + b."""
 
     def __call__(self, v: Tensor, injection: Tensor) -> Tensor:
@@ -35,3 +42,35 @@ class InjectStep:
                 f"the injection has shape {tuple(injection.shape)}, but where the cell adds it the state has {tuple(v.shape)}"
             )
         return v + injection
+
+    def check(self) -> None:
+        """Nothing was read but that it is there."""
+
+    def track(self, sizes: Sizes) -> None:
+        sizes.require_state("injection", "adds it")
+
+    def rounded(self, before: Rounding, dtype: torch.dtype, entries: int) -> Rounding:
+        return Rounding(compound(before.relative, gamma(1, dtype)), 2 * before.absolute + torch.finfo(dtype).tiny)
+
+    @property
+    def elementwise(self) -> bool:
+        return False
+
+    @property
+    def normalizes(self) -> bool:
+        return False
+
+    @property
+    def injects(self) -> bool:
+        return True
+
+    @property
+    def keeps_zero(self) -> bool:
+        return False
+
+    @property
+    def is_affine(self) -> bool:
+        return True
+
+    def signature(self) -> Hashable:
+        return type(self)

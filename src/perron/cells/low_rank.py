@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["DiagonalLowRank", "DiagonalLowRankStep", "diagonal_low_rank_step"]
 
@@ -68,7 +69,8 @@ class DiagonalLowRank(nn.Module):
         return f"{self.features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class DiagonalLowRankStep(AffineStep):
     """A = diag(d) + L R^T; `weights` is (d, L, R)."""
 
@@ -94,6 +96,9 @@ class DiagonalLowRankStep(AffineStep):
         self.check_bias(len(diagonal))
         return {"features": (len(diagonal), len(diagonal))}
 
+    def signature(self) -> Hashable:
+        return self.structure()
+
     def underflow(self, dtype: torch.dtype) -> Tensor | float:
         # What R^T v loses passes through L.
         left = self.weights[1].detach().double().abs()
@@ -113,4 +118,4 @@ class DiagonalLowRankStep(AffineStep):
 
 def diagonal_low_rank_step(module: nn.Module) -> AffineStep:
     assert isinstance(module, DiagonalLowRank)
-    return DiagonalLowRankStep((module.diagonal, module.left, module.right), module.bias)
+    return DiagonalLowRankStep(weights=(module.diagonal, module.left, module.right), bias=module.bias)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from perron._numerics.rounding import Rounding, compound, gamma
+from perron.cells.step import Weightless, known
+
 __all__ = ["LEAST_NORMALIZED", "Normalize", "NormalizeStep"]
 
 
@@ -34,14 +37,19 @@ class Normalize(nn.Module):
         self.p, self.dim = float(p), dim
 
     def forward(self, v: Tensor) -> Tensor:
-        return NormalizeStep(self.p, self.dim)(v)
+        return NormalizeStep(p=self.p, dim=self.dim)(v)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, dim={self.dim}"
 
 
-@dataclass(frozen=True)
-class NormalizeStep:
+# Entries below this are not divided by a norm in anything that is proven.
+LEAST_NORMALIZED = 1e-100
+
+
+@known
+@dataclass(frozen=True, kw_only=True)
+class NormalizeStep(Weightless):
     """v -> v / ||v||_p: not nondecreasing, so no step of a positive concave cell."""
 
     p: float
@@ -51,7 +59,7 @@ class NormalizeStep:
         """Of the quotient, with a norm of at most so many entries."""
         return 8 if math.isinf(self.p) else entries + 64
 
-    def __call__(self, v: Tensor) -> Tensor:
+    def __call__(self, v: Tensor, injection: Tensor | None = None) -> Tensor:
         return v / self.norm(v)
 
     def norm(self, v: Tensor) -> Tensor:
@@ -63,6 +71,31 @@ class NormalizeStep:
         scale = top.detach().clamp_min(torch.finfo(v.dtype).tiny)
         return scale * torch.linalg.vector_norm(v / scale, self.p, dims, keepdim=True)
 
+    def check(self) -> None:
+        """p and dim are what proofs ask about."""
 
-# Entries below this are not divided by a norm in anything that is proven.
-LEAST_NORMALIZED = 1e-100
+    def rounded(self, before: Rounding, dtype: torch.dtype, entries: int) -> Rounding:
+        # Of the norm and of what it divides. What underflowed before is relative to the least entry of that.
+        relative = compound(before.relative, 2 * float(before.absolute) / LEAST_NORMALIZED)
+        relative = compound(compound(relative, relative), gamma(self.roundings(entries), dtype))
+        return Rounding(relative, torch.finfo(dtype).tiny)
+
+    @property
+    def elementwise(self) -> bool:
+        return False
+
+    @property
+    def normalizes(self) -> bool:
+        return True
+
+    @property
+    def injects(self) -> bool:
+        return False
+
+    @property
+    def keeps_zero(self) -> bool:
+        return False
+
+    @property
+    def is_affine(self) -> bool:
+        return False

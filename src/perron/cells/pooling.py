@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron.cells.convolution import sides
-from perron.cells.step import AffineStep, Refusal
+from perron.cells.step import AffineStep, Refusal, known
 
 __all__ = ["PoolStep", "average_pool_step"]
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class PoolStep(AffineStep):
     """A averages over windows, with the arguments of torch's average pooling."""
 
@@ -66,4 +67,11 @@ def average_pool_step(module: nn.Module) -> AffineStep:
         raise Refusal("average pooling with divisor_override is not verified")
     dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]
     kernel, stride, padding = (sides(s, dims) for s in (module.kernel_size, module.stride, module.padding))
-    return PoolStep((), None, kernel, stride, padding, module.ceil_mode, module.count_include_pad)
+    return PoolStep(
+        weights=(),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        ceil_mode=module.ceil_mode,
+        count_include_pad=module.count_include_pad,
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perron._numerics.transforms import VmapInfo, fold_vmap, refuse_nested_forward_mode
-from perron.cells.step import AffineStep, Refusal, largest
+from perron.cells.step import AffineStep, Refusal, known, largest
 
 __all__ = ["SparseLinear", "SparsePattern", "SparseStep", "sparse_product", "sparse_step"]
 
@@ -316,7 +316,8 @@ def _pointers(sorted_rows: Tensor, count: int) -> Tensor:
     return torch.cat([sorted_rows.new_zeros(1), torch.bincount(sorted_rows, minlength=count).cumsum(0)])
 
 
-@dataclass(frozen=True)
+@known
+@dataclass(frozen=True, kw_only=True)
 class SparseStep(AffineStep):
     """A is a CSR matrix; `weights` holds its entries."""
 
@@ -360,4 +361,4 @@ class SparseStep(AffineStep):
 
 def sparse_step(module: nn.Module) -> AffineStep:
     assert isinstance(module, SparseLinear)
-    return SparseStep((module.weight,), module.bias, module.pattern)
+    return SparseStep(weights=(module.weight,), bias=module.bias, pattern=module.pattern)

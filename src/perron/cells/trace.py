@@ -25,7 +25,7 @@ from perron.cells.normalization import Normalize, NormalizeStep
 from perron.cells.opaque import Opaque
 from perron.cells.pooling import average_pool_step
 from perron.cells.sparse import SparseLinear, sparse_step
-from perron.cells.step import AffineStep, Refusal
+from perron.cells.step import AffineStep, Refusal, check_arithmetic
 
 __all__ = ["AFFINE_MODULES", "affine_step", "as_map", "trace"]
 
@@ -52,7 +52,7 @@ def affine_step(module: nn.Module) -> AffineStep:
     """
     step = AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
     if not torch.compiler.is_compiling():
-        step.check_arithmetic()
+        check_arithmetic(step.tensors)
     return step
 
 
@@ -66,12 +66,12 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
         return [InjectStep()]
     if kind is Normalize:
         assert isinstance(module, Normalize)
-        return [NormalizeStep(module.p, module.dim)]
+        return [NormalizeStep(p=module.p, dim=module.dim)]
     if kind is VariationalDropout:
         assert isinstance(module, VariationalDropout)
         return [module.step()]
     if (activation := activation_of(module, kind, path)) is not None:
-        return [ActivationStep(activation)]
+        return [ActivationStep(activation=activation)]
     if kind in AFFINE_MODULES:
         return [affine_step(module)]
     raise reading.unknown(kind, path, "nonnegative, nondecreasing and concave")
@@ -88,11 +88,11 @@ def trace(cell: nn.Module, path: str | None = None) -> Chain:
         Refusal: a step is unknown, or there is not exactly one `Inject`.
     """
     steps = _steps(cell, path or reading.name_of(cell))
-    if sum(isinstance(s, InjectStep) for s in steps) != 1:
+    if sum(s.injects for s in steps) != 1:
         raise Refusal("the cell must contain exactly one Inject()")
-    if not any(isinstance(s, ActivationStep) for s in steps):
+    if not any(s.elementwise for s in steps):
         # With the identity at the end it has the form sigma(A z + b) that solvers and proofs know.
-        steps.append(ActivationStep(ACTIVATIONS["identity"]))
+        steps.append(ActivationStep(activation=ACTIVATIONS["identity"]))
     return Chain(tuple(steps))
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perron.cells.activation import Activate, ActivationStep
+from perron.activations import Activation
+from perron.cells.activation import Activate
 from perron.cells.chain import Chain
-from perron.cells.dense import DenseStep
-from perron.cells.injection import Inject, InjectStep
+from perron.cells.injection import Inject
 from perron.cells.low_rank import DiagonalLowRank
+from perron.cells.opaque import Opaque
 from perron.cells.trace import as_map
 from perron.nn import Equilibrium
 
@@ -57,22 +58,29 @@ def mean_field(layer: Equilibrium, x: Tensor) -> MeanField:
     >>> bool((mean_field(layer, torch.randn(3, 4)).distance < 0.1).all())
     True
     """
-    map, _ = as_map(layer.cell)
-    steps = map.steps if isinstance(map, Chain) else ()
-    form = [type(step) for step in steps] == [DenseStep, InjectStep, ActivationStep]
-    if not form or bool((steps[0].tensors[0] < 0).any()):  # type: ignore[union-attr]
+    parts = _parts(as_map(layer.cell)[0])
+    if parts is None or bool((parts[0] < 0).any()):
         raise ValueError(
             "a mean field needs a cell act(W z + b) with a dense W that is nowhere negative; a centred Gaussian layer has "
             "kernels instead (perron.infinite_width.implicit_kernels)"
         )
-    (weight, *bias), sigma = steps[0].tensors, steps[2].activation  # type: ignore[union-attr]
+    weight, bias, sigma = parts
     m = len(weight)
     own = layer.solve(x).value.double()
     gain = float(weight.double().sum(1).mean())
     field = DiagonalLowRank(m, 1, dtype=torch.float64, device=weight.device)
     for tensor, entry in ((field.diagonal, 0.0), (field.left, gain / m), (field.right, 1.0)):
         tensor.fill_(entry)
-    injection = layer.injected(x).double() + (bias[0].double() if bias else 0.0)
+    injection = layer.injected(x).double() + (0.0 if bias is None else bias.double())
     network = Equilibrium(nn.Sequential(field, Inject(), Activate(sigma)), injection="given")
     value = network(injection)
     return MeanField(value, value.mean(1), gain, (own - value).norm(dim=1) / own.norm(dim=1))
+
+
+def _parts(map: Chain | Opaque) -> tuple[Tensor, Tensor | None, Activation] | None:
+    """W, c and act of a cell act(W z + c + b) with a dense W."""
+    if not isinstance(map, Chain) or len(map.steps) != 3 or not map.steps[1].injects or len(map.affine) != 1:
+        return None
+    (affine,), sigma = map.affine, map.last_activation
+    weight = affine.matrix()
+    return None if weight is None or sigma is None else (weight, affine.bias, sigma)

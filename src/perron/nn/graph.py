@@ -203,7 +203,7 @@ class GraphEquilibrium(Equilibrium):
         positivity: Injection = "relu" if sigma.at_zero > 0 else "softplus"
         super().__init__(nn.Sequential(Inject()), injection=positivity, solver=solver)
         self.activation, self.alpha, self.place = sigma, alpha, injection
-        self.normalize = None if normalize is None else NormalizeStep(float(normalize), 1)
+        self.normalize = None if normalize is None else NormalizeStep(p=float(normalize), dim=1)
         self._adjacency = Adjacency()
         # Refuses an activation whose facts are nobody's but the user's.
         self._chain(*normalized_adjacency(torch.zeros(2, 0, dtype=torch.long), None, 1)).sizes()
@@ -261,10 +261,10 @@ class GraphEquilibrium(Equilibrium):
     def _chain(self, pattern: SparsePattern, values: Tensor) -> Chain:
         if not 0 < self.alpha <= 1:
             raise Refusal(f"alpha must be in (0, 1], got {self.alpha}")
-        step = SparseStep(((1 - self.alpha) * values,), None, pattern)
-        parts: list[Any] = [step, InjectStep(), ActivationStep(self.activation)]
+        step = SparseStep(weights=((1 - self.alpha) * values,), pattern=pattern)
+        parts: list[Any] = [step, InjectStep(), ActivationStep(activation=self.activation)]
         if self.place == "outside":
-            parts = [step, ActivationStep(self.activation), InjectStep()]
+            parts = [step, ActivationStep(activation=self.activation), InjectStep()]
         return Chain((*parts, *([] if self.normalize is None else [self.normalize])))
 
     def _to_state(self, x: Tensor) -> Tensor:

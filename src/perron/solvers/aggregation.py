@@ -17,7 +17,6 @@ from torch import Tensor
 
 from perron.activations import Activation
 from perron.cells.chain import Chain
-from perron.cells.convolution import ConvolutionStep
 from perron.solvers.mixing import TRUST, Mixing
 
 __all__ = ["Aggregation", "ChannelAggregation", "Mixed"]
@@ -145,10 +144,9 @@ class ChannelAggregation(Aggregation):
 
     @classmethod
     def of_convolution(cls, chain: Chain, state: Tensor, activation: Activation) -> ChannelAggregation | None:
-        step = chain.affine[0]
-        if len(chain.affine) != 1 or not isinstance(step, ConvolutionStep) or not step.keeps_shape():
+        weight = chain.affine[0].kernel_of_same_shape() if len(chain.affine) == 1 else None
+        if weight is None:
             return None
-        weight = step.weights[0]
         flat = weight.flatten(2)
         total = flat.sum().clamp_min(torch.finfo(weight.dtype).tiny)
         taps = (flat.sum((0, 1)) / total).view(1, 1, *weight.shape[2:])

@@ -18,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perron.cells.activation import ActivationStep
 from perron.cells.chain import Chain
-from perron.cells.dense import DenseStep
-from perron.cells.injection import InjectStep
-from perron.cells.low_rank import DiagonalLowRankStep
-from perron.cells.step import AffineStep, Map, Refusal, full_float32
+from perron.cells.refusal import Refusal
+from perron.cells.step import Map, full_float32
 from perron.problem import FixedPointProblem
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
@@ -39,8 +36,6 @@ logger = logging.getLogger(__name__)
 # Uncompiled solves of a problem's shape before it is compiled; most steps of a compiled solve; solves in a row with
 # samples left over after which it is compiled again, with so many more steps; and how often at most.
 _SIGHTINGS, _MOST, _PATIENCE, _MORE, _COMPILATIONS = 2, 22, 4, 6, 3
-
-_COMPILABLE = {DenseStep, DiagonalLowRankStep, ActivationStep, InjectStep}
 
 _SOLUTION = ("value", "lower", "upper", "steps", "residual", "error_bound", "rate", "converged", "proven")
 _ADJOINT = ("steps", "residual", "error_bound", "converged")
@@ -149,9 +144,13 @@ class Compiled(Auto):
         """The plan for problems of this shape; None where they cannot be compiled."""
         if not isinstance(map, Chain) or not Aggregation.possible(map) or not like.numel():
             return None
-        if self.proof_dtype == torch.float32 or not all(type(s) in _COMPILABLE for s in map.known):
+        if self.proof_dtype == torch.float32:
             return None
-        key = (what, _signature(map), like.shape, like.dtype, like.device, full_float32())
+        try:
+            signature = tuple(step.signature() for step in map.known)
+        except Refusal:
+            return None
+        key = (what, signature, like.shape, like.dtype, like.device, full_float32())
         return self.plans.setdefault(key, _Plan())
 
     def _try(self, plan: _Plan, *arguments: Any) -> tuple[Tensor, ...] | None:
@@ -239,20 +238,3 @@ def _template(map: Map) -> Chain:
     """The structure of a chain, without its weights."""
     assert isinstance(map, Chain)
     return map.rebind([torch.empty(t.shape, dtype=t.dtype, device="meta") for t in map.tensors])
-
-
-def _signature(chain: Chain) -> tuple[Any, ...]:
-    """What tells apart the structures of chains of steps that can be compiled, which have no options but their tensors."""
-    parts: list[Any] = []
-    for step in chain.known:
-        if isinstance(step, ActivationStep):
-            # Itself, not its name.
-            parts.append(step.activation)
-        elif isinstance(step, AffineStep):
-            shapes = tuple((tuple(t.shape), t.dtype) for t in step.tensors)
-            parts.append((type(step), shapes, step.bias is None))
-        elif isinstance(step, InjectStep):
-            parts.append(InjectStep)
-        else:
-            raise Refusal(f"steps of class {type(step).__name__} are not compiled")
-    return tuple(parts)

@@ -24,11 +24,7 @@ import torch
 from torch import Tensor
 
 from perron._numerics.batch import per_sample
-from perron.cells.activation import ActivationStep
 from perron.cells.chain import Chain, ChainLinearization
-from perron.cells.circular import MonotoneConvolutionStep
-from perron.cells.dense import DenseStep
-from perron.cells.step import AffineStep
 from perron.problem import FixedPointProblem
 from perron.solvers.mixing import Mixing
 from perron.theory.monotone_operator import margin
@@ -43,31 +39,6 @@ __all__ = [
 
 # Of the mixing; and how far the residual may grow over the least one.
 _WINDOW, _TRUST = 5, 1.0
-# Activations that project onto an interval.
-_PROJECTIONS = ("relu", "relu6", "identity")
-
-
-def _resolvent(step: AffineStep, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
-    """r -> (2 I - W)^{-1} r, or with W^T for W, for states like this one."""
-    if isinstance(step, MonotoneConvolutionStep):
-        modes = step.frequencies(*state.shape[2:])
-        inverse = torch.linalg.inv(2 * torch.eye(modes.shape[-1], dtype=modes.dtype, device=modes.device) - modes)
-        inverse = inverse.mH if transposed else inverse
-
-        def solve_modes(r: Tensor) -> Tensor:
-            image = torch.einsum("hwij,bjhw->bihw", inverse, torch.fft.rfft2(r))
-            return torch.fft.irfft2(image, s=r.shape[2:])
-
-        return solve_modes
-    assert isinstance(step, DenseStep)
-    weight = step.weight.t() if transposed else step.weight
-    eye = torch.eye(len(weight), dtype=state.dtype, device=state.device)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(2 * eye - weight)
-
-    def solve_rows(r: Tensor) -> Tensor:
-        return torch.linalg.lu_solve(factors, pivots, r.flatten(0, -2).t()).t().reshape(r.shape)
-
-    return solve_rows
 
 
 class _Mixed(ABC):
@@ -132,7 +103,7 @@ class _PeacemanRachford(_Mixed):
 
     Args:
         offset: b.
-        resolvent: of `_resolvent`.
+        resolvent: r -> (2 I - W)^{-1} r.
     """
 
     def __init__(self, offset: Tensor, resolvent: Callable[[Tensor], Tensor]) -> None:
@@ -163,16 +134,14 @@ class Splitting(_PeacemanRachford):
     def __init__(self, problem: FixedPointProblem) -> None:
         chain = problem.map
         assert isinstance(chain, Chain)
-        affine, _, activation = chain.steps
-        assert isinstance(affine, AffineStep)
-        assert isinstance(activation, ActivationStep)
-        self.activation = activation
+        (affine,) = chain.affine
+        self.sigma = chain.steps[-1]
         self.step = affine.rebind([t.detach() for t in affine.tensors])
         offset = problem.injection if affine.bias is None else problem.injection + affine.bias
-        super().__init__(offset, _resolvent(self.step, offset))
+        super().__init__(offset, self.step.resolvent(offset))
 
     def image(self, u: Tensor) -> Tensor:
-        return self.activation(u)
+        return self.sigma(u, self.offset)
 
     def begin(self, z: Tensor) -> Tensor:
         return self.step.linear(z) + self.offset
@@ -200,9 +169,7 @@ class ForwardBackward(_Mixed):
         return z
 
     def next_auxiliary(self, u: Tensor) -> Tensor:
-        activation = self.map.last_activation
-        assert activation is not None
-        return activation(torch.lerp(u, self.map.preactivation(u, self.offset), self.size))
+        return self.map.steps[-1](torch.lerp(u, self.map.preactivation(u, self.offset), self.size), self.offset)
 
     def iterate(self, u: Tensor) -> Tensor:
         return u
@@ -218,10 +185,9 @@ class LinearSplitting(_PeacemanRachford):
     """
 
     def __init__(self, jacobian: ChainLinearization, v: Tensor, transposed: bool) -> None:
-        step = jacobian.steps[0]
-        assert isinstance(step, AffineStep)
+        (step,) = Chain(jacobian.steps).affine
         self.step, self.slope, self.v, self.transposed = step, jacobian.slope, v, transposed
-        super().__init__(v if transposed else step.linear(v), _resolvent(step, v, transposed=transposed))
+        super().__init__(v if transposed else step.linear(v), step.resolvent(v, transposed=transposed))
 
     def image(self, u: Tensor) -> Tensor:
         return self.slope * u
@@ -253,5 +219,5 @@ def forward_backward_for(problem: FixedPointProblem, size: float | None) -> Forw
     """Forward-backward steps where the cell is monotone and its activation a projection, else None."""
     if not _monotone(problem):
         return None
-    activation = problem.map.last_activation  # type: ignore[union-attr]
-    return ForwardBackward(problem, size) if activation is not None and activation.name in _PROJECTIONS else None
+    assert isinstance(problem.map, Chain)
+    return ForwardBackward(problem, size) if problem.map.steps[-1].projects else None

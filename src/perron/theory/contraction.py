@@ -141,7 +141,7 @@ def _range_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
     bounded = [k for k, s in enumerate(chain.steps) if isinstance(s, ActivationStep) and s.activation.bounded]
     if not bounded or any(isinstance(s, AffineStep) for s in chain.steps[bounded[-1] :]):
         return None
-    activation = chain.steps[bounded[-1]].activation  # type: ignore[union-attr]
+    activation = chain.steps[bounded[-1]].activation  # type: ignore[attr-defined]
     if math.isnan(activation.infimum):
         return None
     lower = torch.full_like(injection, activation.infimum - 1e-12 * (1 + abs(activation.infimum)))
