@@ -240,3 +240,15 @@ def test_degrees_that_overflow_are_refused() -> None:
     edges = torch.tensor([[0, 0, 1, 2], [1, 1, 2, 1]])
     with pytest.raises(ValueError, match="add up to more"):
         GraphEquilibrium("tanh").solve(torch.ones(3, 1, dtype=torch.float64), edges, weight)
+
+
+@pytest.mark.parametrize("normalize", [None, 2.0])
+def test_a_first_guess_has_the_shape_of_x(normalize: float | None) -> None:
+    layer = GraphEquilibrium("tanh+1.2", normalize=normalize)
+    x, path = torch.randn(3, 5), torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    guess = torch.ones(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, path, z0=guess), layer(x, path), rtol=2e-4, atol=0)
+    for call in (layer, layer.solve):
+        for wrong, got in ((1.0, "1.0"), (torch.ones(5, 3), r"\(5, 3\)"), (torch.ones(3, 5, 1), r"\(3, 5, 1\)")):
+            with pytest.raises(ValueError, match=rf"z0 must have the shape of x, \(3, 5\), got {got}"):
+                call(x, path, z0=wrong)

@@ -215,8 +215,8 @@ class GraphEquilibrium(Equilibrium):
         check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, chain = self._problem(x, edge_index, edge_weight)
-            guess = None if z0 is None else self._to_state(z0.to(b.dtype))
-            return self._to_nodes(outside_compilers()(self._equilibrium, chain, b, guess)).to(x.dtype)
+            value = outside_compilers()(self._equilibrium, chain, b, self._first_guess(z0, x))
+            return self._to_nodes(value).to(x.dtype)
 
     @torch.no_grad()
     def solve(  # type: ignore[override]
@@ -226,7 +226,7 @@ class GraphEquilibrium(Equilibrium):
         check_tensor(x)
         with torch.autocast(x.device.type, enabled=False):
             b, chain = self._problem(x, edge_index, edge_weight)
-            return self._solve(chain, b, None if z0 is None else self._to_state(z0.to(b.dtype)))
+            return self._solve(chain, b, self._first_guess(z0, x))
 
     def certificate(self) -> Certificate:
         """What is proven for the last graph, solved in float32 and in float64; before the first one, for every graph.
@@ -244,6 +244,14 @@ class GraphEquilibrium(Equilibrium):
                 pattern, matrices = last[0], [last[1].float(), last[1]]
             found = [self.derive(self._chain(pattern, values)).certificate for values in matrices]
             return next((c for c in found if not c), found[0])
+
+    def _first_guess(self, z0: Tensor | None, x: Tensor) -> Tensor | None:
+        if z0 is None:
+            return None
+        if not isinstance(z0, Tensor) or z0.shape != x.shape:
+            got = tuple(z0.shape) if isinstance(z0, Tensor) else z0
+            raise ValueError(f"z0 must have the shape of x, {tuple(x.shape)}, got {got!r}")
+        return self._to_state(z0)
 
     def _problem(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor, Chain]:
         if x.dim() != 2:
