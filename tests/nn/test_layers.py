@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import mpmath
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from perron.cells import trace
+from perron.gradients import JacobianFree
 from perron.nn import (
     Activate,
     DiagonalLowRank,
@@ -24,6 +26,7 @@ from perron.nn import (
     UnconstrainedLinear,
 )
 from perron.nn.equilibrium import positive_injection
+from perron.nn.recurrent import RecurrentOptions
 from perron.solvers import Picard
 from problems import long_picard
 
@@ -124,6 +127,58 @@ def test_options_are_checked() -> None:
         PositiveConcaveLinear(3, 4, "gelu")
     with pytest.raises(ValueError, match="initial_radius"):
         PositiveConcaveLinear(3, 4, initial_radius=float("nan"))
+
+
+@pytest.mark.parametrize(("kind", "shape"), ALL)
+def test_constructors_show_every_option_and_take_no_other(kind, shape) -> None:
+    parameters = inspect.signature(kind).parameters
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
+    assert list(parameters)[: 3 + (len(shape) > 1)][-1] == "activation"
+    assert parameters.keys() >= {"injection", "bias", "solver", "gradient", "device", "dtype"}
+    given = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    torch.manual_seed(0)
+    plain = kind(4, 4)
+    torch.manual_seed(0)
+    layer = kind(4, 4, **given)
+    assert repr(layer) == repr(plain)
+    for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no option 'biass'; it has .*\bbias\b"):
+        kind(4, 4, biass=False)
+    assert kind(4, 4, bias=False).input.bias is None
+    assert isinstance(kind(4, 4, gradient=JacobianFree()).gradient, JacobianFree)
+    assert inspect.getdoc(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (PositiveConcaveConv3d, {"constraint": "square", "weight_norm": False, "initial_radius": 0.9}),
+        (
+            SubhomogeneousConv2d,
+            {"normalize": None, "normalize_dim": None, "weights": "nonnegative", "initial_radius": 0.9},
+        ),
+        (MonotoneLinear, {"margin": 0.1}),
+        (UnconstrainedLinear, {"initial_radius": 0.9}),
+    ],
+)
+def test_the_records_of_options_hold_what_constructors_take(kind, own) -> None:
+    module = inspect.getmodule(kind)
+    (record,) = (v for k, v in vars(module).items() if k.endswith("Options") and k != "RecurrentOptions")
+    named = {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert named.keys() == record.__annotations__.keys()
+    assert {k: v for k, v in named.items() if k not in RecurrentOptions.__annotations__} == own
+
+
+@pytest.mark.parametrize(("kind", "shape"), ALL)
+def test_parts_are_found_wherever_they_stand(kind, shape) -> None:
+    layer = kind(4, 4)
+    assert layer.recurrent is layer.cell[0]
+    layer.cell = nn.Sequential(layer.recurrent, nn.Identity(), *list(layer.cell)[1:])
+    assert f"activation={layer.activation.name!r}" in repr(layer)
+    layer.cell = nn.Sequential(layer.recurrent, Inject())
+    with pytest.raises(AttributeError, match="activation"):
+        _ = layer.activation
 
 
 def test_zero_and_huge_weights() -> None:

@@ -7,45 +7,49 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from perron.activations import Activation, get_activation
 from perron.cells.activation import Activate
 from perron.cells.circular import MonotoneConvolution2d
 from perron.cells.injection import Inject
 from perron.constraints import monotone_operator
-from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
-from perron.solvers import Solver
+from perron.nn.recurrent import Affine, ConvolutionalMaps, LinearMaps, Maps, Recurrent, RecurrentOptions, Unpack
 from perron.theory.monotone_operator import nonexpansive
 
-__all__ = ["MonotoneConv2d", "MonotoneLinear"]
+__all__ = ["MonotoneConv2d", "MonotoneLinear", "MonotoneOptions"]
+
+
+class MonotoneOptions(RecurrentOptions, total=False):
+    """Options of `MonotoneLinear` and of the convolution."""
+
+    margin: float
 
 
 class _Monotone(Recurrent):
     """What the linear and the convolutional layer share."""
 
     def __init__(
-        self,
-        in_features: int,
-        features: int,
-        recurrent: nn.Module,
-        affine: nn.Module,
-        *,
-        activation: str | Activation,
-        margin: float,
-        injection: InputMode,
-        solver: Solver | None,
+        self, maps: Maps, activation: str | Activation, *, margin: float = 0.1, **options: Unpack[RecurrentOptions]
     ) -> None:
         sigma = get_activation(activation)
         if not nonexpansive(sigma):
             raise ValueError(f"{sigma.name!r} is not known to be nondecreasing with slopes up to 1 on the whole line")
-        cell = nn.Sequential(recurrent, Inject(), Activate(sigma))
-        super().__init__(in_features, features, cell, affine, mode=injection, positivity="free", solver=solver)
+        super().__init__(
+            maps,
+            lambda recurrent: nn.Sequential(self._constrained(recurrent, margin), Inject(), Activate(sigma)),
+            "free",
+            **options,
+        )
         self.margin = margin
         self._initialise_recurrent()
 
+    @staticmethod
+    def _constrained(recurrent: Affine, margin: float) -> nn.Module:
+        """W, with that margin, in place of an unconstrained one."""
+        raise NotImplementedError
+
     def _describe(self) -> str:
-        return f"activation={self.cell[2].activation.name!r}, margin={self.margin}"  # type: ignore[index, union-attr]
+        return f", margin={self.margin}"
 
 
 class MonotoneLinear(_Monotone):
@@ -59,13 +63,14 @@ class MonotoneLinear(_Monotone):
         injection: "inside" (b is an affine map of x), or "pre" or "given" (the input is b).
         bias: of the affine input map.
         solver: default `Auto()`, which takes Peaceman and Rachford's steps here.
+        gradient, device, dtype: as in `PositiveConcaveLinear`.
 
     Shape:
         input (batch, in_features), output (batch, features).
 
     Raises:
         ValueError: wrong shape, inconsistent options, an activation that is not known to be nondecreasing and nonexpansive.
-        TypeError: the input is not floating point, or more precise than the layer.
+        TypeError: the input is not floating point, or more precise than the layer; an unknown option.
 
     >>> layer = MonotoneLinear(4, 8)
     >>> layer.certificate().kind
@@ -79,34 +84,20 @@ class MonotoneLinear(_Monotone):
         in_features: int,
         features: int,
         activation: str | Activation = "relu",
-        *,
-        margin: float = 0.1,
-        injection: InputMode = "inside",
-        bias: bool = True,
-        solver: Solver | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[MonotoneOptions],
     ) -> None:
-        recurrent, affine = linear_maps(in_features, features, bias=bias, device=device, dtype=dtype)
-        super().__init__(
-            in_features,
-            features,
-            monotone_operator(recurrent, margin=margin),
-            affine,
-            activation=activation,
-            margin=margin,
-            injection=injection,
-            solver=solver,
-        )
+        super().__init__(LinearMaps(in_features, features), activation, **options)
+
+    @staticmethod
+    def _constrained(recurrent: Affine, margin: float) -> nn.Module:
+        return monotone_operator(recurrent, margin=margin)
 
     @torch.no_grad()
     def _initialise_recurrent(self) -> None:
         """A and B uniform as the weights of nn.Linear."""
-        parameters = self.recurrent.parametrizations.weight  # type: ignore[union-attr, index]
-        assert isinstance(parameters, parametrize.ParametrizationList)
-        for raw in (parameters.original0, parameters.original1):
+        for raw in self.recurrent.parameters():
             bound = max(self.features, 1) ** -0.5
-            raw.uniform_(-bound, bound)  # type: ignore[operator]
+            raw.uniform_(-bound, bound)
 
 
 class MonotoneConv2d(_Monotone):
@@ -115,14 +106,13 @@ class MonotoneConv2d(_Monotone):
     Args:
         in_features, features: channels of the input and of the equilibrium.
         kernel_size: of A and B, which wrap around, and of the input convolution, which is padded with zeros; odd.
-        activation, margin, injection, bias, solver: as in `MonotoneLinear`.
+        activation: and further options as in `MonotoneLinear`.
 
     Shape:
         input (batch, in_features, height, width), output (batch, features, height, width).
 
     Raises:
-        ValueError: even kernel_size, wrong shape, inconsistent options, an activation as in `MonotoneLinear`.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError: even kernel_size, or as in `MonotoneLinear`, where TypeError is, too.
 
     >>> layer = MonotoneConv2d(1, 2)
     >>> layer.solve(torch.randn(2, 1, 6, 6)).certified
@@ -137,25 +127,14 @@ class MonotoneConv2d(_Monotone):
         features: int,
         kernel_size: int = 3,
         activation: str | Activation = "relu",
-        *,
-        margin: float = 0.1,
-        injection: InputMode = "inside",
-        bias: bool = True,
-        solver: Solver | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[MonotoneOptions],
     ) -> None:
-        _, affine = convolutional_maps(2, in_features, features, kernel_size, bias=bias, device=device, dtype=dtype)
-        super().__init__(
-            in_features,
-            features,
-            MonotoneConvolution2d(features, kernel_size, margin=margin, device=device, dtype=dtype),
-            affine,
-            activation=activation,
-            margin=margin,
-            injection=injection,
-            solver=solver,
-        )
+        super().__init__(ConvolutionalMaps(self.dims, in_features, features, kernel_size), activation, **options)
+
+    @staticmethod
+    def _constrained(recurrent: Affine, margin: float) -> nn.Module:
+        size, weight = int(recurrent.weight.shape[-1]), recurrent.weight
+        return MonotoneConvolution2d(len(weight), size, margin=margin, device=weight.device, dtype=weight.dtype)
 
     def _initialise_recurrent(self) -> None:
-        self.recurrent.reset_parameters()  # type: ignore[operator]
+        self._step(MonotoneConvolution2d).reset_parameters()

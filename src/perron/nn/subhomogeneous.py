@@ -18,10 +18,16 @@ from perron.cells.activation import Activate
 from perron.cells.injection import Inject
 from perron.cells.normalization import Normalize
 from perron.constraints import bounded_rows, nonnegative
-from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
-from perron.solvers import Solver
+from perron.nn.recurrent import Affine, ConvolutionalMaps, LinearMaps, Maps, Recurrent, RecurrentOptions, Unpack
 
-__all__ = ["SubhomogeneousConv1d", "SubhomogeneousConv2d", "SubhomogeneousConv3d", "SubhomogeneousLinear"]
+__all__ = [
+    "SubhomogeneousConv1d",
+    "SubhomogeneousConv2d",
+    "SubhomogeneousConv3d",
+    "SubhomogeneousLinear",
+    "SubhomogeneousOptions",
+    "Weights",
+]
 
 Weights = Literal["nonnegative", "signed", "signed_bounded"]
 
@@ -29,66 +35,66 @@ Weights = Literal["nonnegative", "signed", "signed_bounded"]
 _GAIN = 0.95
 
 
+class SubhomogeneousOptions(RecurrentOptions, total=False):
+    """Options of `SubhomogeneousLinear` and of the convolutions."""
+
+    normalize: float | None
+    normalize_dim: int | None
+    weights: Weights
+    initial_radius: float
+
+
 class _Subhomogeneous(Recurrent):
     """What the linear and convolutional layers share."""
 
     def __init__(
         self,
-        in_features: int,
-        features: int,
-        maps: tuple[nn.Module, nn.Module],
-        *,
+        maps: Maps,
         activation: str | Activation,
-        normalize: float | None,
-        normalize_dim: int | None,
-        weights: Weights,
-        injection: InputMode,
-        initial_radius: float,
-        solver: Solver | None,
+        *,
+        normalize: float | None = None,
+        normalize_dim: int | None = None,
+        weights: Weights = "nonnegative",
+        initial_radius: float = 0.9,
+        **options: Unpack[RecurrentOptions],
     ) -> None:
         if weights not in ("nonnegative", "signed", "signed_bounded"):
             raise ValueError(f"weights must be 'nonnegative', 'signed' or 'signed_bounded', got {weights!r}")
-        if not 0 <= initial_radius < float("inf"):
-            raise ValueError(f"initial_radius must be finite and not negative, got {initial_radius}")
         if weights == "signed_bounded" and normalize is not None:
             raise ValueError(
                 "with a normalisation no bound on signed weights is known to certify; use 'nonnegative' or 'signed'"
             )
         sigma = get_activation(activation)
-        recurrent, affine = maps
-        cell = nn.Sequential(recurrent, Activate(sigma), Inject())
-        if normalize is not None:
-            cell.append(Normalize(normalize, normalize_dim))
-        super().__init__(in_features, features, cell, affine, mode=injection, positivity="relu", solver=solver)
-        self.weights, self.initial_radius = weights, initial_radius
-        if weights == "nonnegative":
-            nonnegative(recurrent)
-        elif weights == "signed_bounded":
-            line = torch.full((1,), math.inf, dtype=torch.float64)
-            slope = float(sigma.steepest(-line, line))
-            if not slope < math.inf:
-                raise ValueError(
-                    f"the slope of {sigma.name!r} is not bounded on the whole line; use 'nonnegative' weights"
-                )
-            bounded_rows(recurrent, bound=_GAIN / slope)
+        bound = _largest_row(sigma) if weights == "signed_bounded" else math.inf
+
+        def cell(recurrent: Affine) -> nn.Sequential:
+            if weights == "nonnegative":
+                nonnegative(recurrent)
+            elif weights == "signed_bounded":
+                bounded_rows(recurrent, bound=bound)
+            norm = [] if normalize is None else [Normalize(normalize, normalize_dim)]
+            return nn.Sequential(recurrent, Activate(sigma), Inject(), *norm)
+
+        super().__init__(maps, cell, "relu", **options)
+        self.weights, self.initial_radius, self._bound = weights, initial_radius, bound
         self._initialise_recurrent()
 
-    @property
-    def activation(self) -> Activation:
-        return self.cell[1].activation  # type: ignore[index, return-value, union-attr]
-
     def _initialise_recurrent(self) -> None:
-        """W uniform, nonnegative or centred, with mean absolute row sum `initial_radius`, and within its bound."""
-        radius = self.initial_radius
-        if self.weights == "signed_bounded":
-            # Rows longer than the mean must stay within the bound.
-            bound = self.recurrent.parametrizations.weight[0].bound  # type: ignore[union-attr, index]
-            radius = min(radius, 0.5 * bound)
-        self._draw(0 if self.weights == "nonnegative" else -2 * radius, 2 * radius)
+        # Rows longer than the mean must stay within the bound.
+        self._draw(min(self.initial_radius, 0.5 * self._bound), signed=self.weights != "nonnegative")
 
     def _describe(self) -> str:
-        norm = f", {self.cell[3].extra_repr()}" if len(self.cell) > 3 else ""  # type: ignore[arg-type, index, operator, union-attr]
-        return f"activation={self.activation.name!r}, weights={self.weights!r}{norm}"
+        norms = [f", {step.extra_repr()}" for step in self.cell if isinstance(step, Normalize)]
+        return f", weights={self.weights!r}{''.join(norms)}"
+
+
+def _largest_row(sigma: Activation) -> float:
+    """The sum |W_ij| of a row that the activation, at its steepest, makes a gain of `_GAIN`."""
+    line = torch.full((1,), math.inf, dtype=torch.float64)
+    slope = float(sigma.steepest(-line, line))
+    if not slope < math.inf:
+        raise ValueError(f"the slope of {sigma.name!r} is not bounded on the whole line; use 'nonnegative' weights")
+    return _GAIN / slope
 
 
 class SubhomogeneousLinear(_Subhomogeneous):
@@ -103,17 +109,16 @@ class SubhomogeneousLinear(_Subhomogeneous):
         weights: "nonnegative" (certified for every input), "signed" (certified for the samples where the weighted sup
             norm contracts on the box of possible values) or "signed_bounded" (absolute row sums times the largest slope
             at most 0.95: certified for every input; not with `normalize`).
-        injection: "inside" (b = relu of an affine map of x), "pre" (b = relu of the input) or "given".
-        bias: of the affine input map.
         initial_radius: mean absolute row sum of W at initialisation.
-        solver: default `Auto()`.
+        injection: "inside" (b = relu of an affine map of x), "pre" (b = relu of the input) or "given".
+        bias, solver, gradient, device, dtype: as in `PositiveConcaveLinear`.
 
     Shape:
         input (batch, in_features), output (batch, features).
 
     Raises:
-        ValueError: wrong shape, inconsistent options.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError: wrong shape, signed_bounded weights with `normalize` or with slopes that have no bound.
+        TypeError: the input is not floating point, or more precise than the layer; an unknown option.
 
     >>> layer = SubhomogeneousLinear(4, 8, normalize=float("inf"))
     >>> layer.certificate().kind, layer.certificate().rate < 0.5
@@ -127,29 +132,9 @@ class SubhomogeneousLinear(_Subhomogeneous):
         in_features: int,
         features: int,
         activation: str | Activation = "tanh+1.2",
-        *,
-        normalize: float | None = None,
-        normalize_dim: int | None = None,
-        weights: Weights = "nonnegative",
-        injection: InputMode = "inside",
-        bias: bool = True,
-        initial_radius: float = 0.9,
-        solver: Solver | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[SubhomogeneousOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            features,
-            linear_maps(in_features, features, bias=bias, device=device, dtype=dtype),
-            activation=activation,
-            normalize=normalize,
-            normalize_dim=normalize_dim,
-            weights=weights,
-            injection=injection,
-            initial_radius=initial_radius,
-            solver=solver,
-        )
+        super().__init__(LinearMaps(in_features, features), activation, **options)
 
 
 class _SubhomogeneousConv(_Subhomogeneous):
@@ -158,15 +143,13 @@ class _SubhomogeneousConv(_Subhomogeneous):
     Args:
         in_features, features: channels of the input and of the equilibrium.
         kernel_size: odd; both convolutions pad by (kernel_size - 1)/2 with zeros and have stride 1.
-        activation, normalize, normalize_dim, weights, injection, bias, initial_radius, solver: as in
-            `SubhomogeneousLinear`; normalize_dim=1 divides by the norm over channels.
+        activation: and further options as in `SubhomogeneousLinear`; normalize_dim=1 divides by the norm over channels.
 
     Shape:
         input (batch, in_features, *spatial), output (batch, features, *spatial).
 
     Raises:
-        ValueError: even kernel_size, wrong shape, inconsistent options.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError: even kernel_size, or as in `SubhomogeneousLinear`, where TypeError is, too.
     """
 
     def __init__(
@@ -175,41 +158,18 @@ class _SubhomogeneousConv(_Subhomogeneous):
         features: int,
         kernel_size: int = 3,
         activation: str | Activation = "tanh+1.2",
-        *,
-        normalize: float | None = None,
-        normalize_dim: int | None = None,
-        weights: Weights = "nonnegative",
-        injection: InputMode = "inside",
-        bias: bool = True,
-        initial_radius: float = 0.9,
-        solver: Solver | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[SubhomogeneousOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            features,
-            convolutional_maps(self.dims, in_features, features, kernel_size, bias=bias, device=device, dtype=dtype),
-            activation=activation,
-            normalize=normalize,
-            normalize_dim=normalize_dim,
-            weights=weights,
-            injection=injection,
-            initial_radius=initial_radius,
-            solver=solver,
-        )
+        super().__init__(ConvolutionalMaps(self.dims, in_features, features, kernel_size), activation, **options)
 
 
 class SubhomogeneousConv1d(_SubhomogeneousConv):
-    __doc__ = _SubhomogeneousConv.__doc__
     dims = 1
 
 
 class SubhomogeneousConv2d(_SubhomogeneousConv):
-    __doc__ = _SubhomogeneousConv.__doc__
     dims = 2
 
 
 class SubhomogeneousConv3d(_SubhomogeneousConv):
-    __doc__ = _SubhomogeneousConv.__doc__
     dims = 3

@@ -5,17 +5,20 @@ Source: Bai, Kolter, Koltun, "Deep equilibrium models", NeurIPS 2019 (arXiv 1909
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from perron.activations import Activation
 from perron.cells.activation import Activate
 from perron.cells.injection import Inject
-from perron.gradients import Gradient
-from perron.nn.recurrent import InputMode, Recurrent, convolutional_maps, linear_maps
-from perron.solvers import Solver
+from perron.nn.recurrent import ConvolutionalMaps, LinearMaps, Maps, Recurrent, RecurrentOptions, Unpack
 
-__all__ = ["UnconstrainedConv2d", "UnconstrainedLinear"]
+__all__ = ["UnconstrainedConv2d", "UnconstrainedLinear", "UnconstrainedOptions"]
+
+
+class UnconstrainedOptions(RecurrentOptions, total=False):
+    """Options of `UnconstrainedLinear` and of the convolution."""
+
+    initial_radius: float
 
 
 class _Unconstrained(Recurrent):
@@ -23,30 +26,23 @@ class _Unconstrained(Recurrent):
 
     def __init__(
         self,
-        in_features: int,
-        features: int,
-        maps: tuple[nn.Module, nn.Module],
-        *,
+        maps: Maps,
         activation: str | Activation,
-        injection: InputMode,
-        initial_radius: float,
-        solver: Solver | None,
-        gradient: Gradient | None,
+        *,
+        initial_radius: float = 0.9,
+        **options: Unpack[RecurrentOptions],
     ) -> None:
-        recurrent, affine = maps
-        cell = nn.Sequential(recurrent, Inject(), Activate(activation))
         super().__init__(
-            in_features, features, cell, affine, mode=injection, positivity="free", solver=solver, gradient=gradient
+            maps, lambda recurrent: nn.Sequential(recurrent, Inject(), Activate(activation)), "free", **options
         )
         self.initial_radius = initial_radius
         self._initialise_recurrent()
 
     def _initialise_recurrent(self) -> None:
-        """W uniform and centred, with mean absolute row sum `initial_radius`."""
-        self._draw(-2 * self.initial_radius, 2 * self.initial_radius)
+        self._draw(self.initial_radius, signed=True)
 
     def _describe(self) -> str:
-        return f"activation={self.cell[2].activation.name!r}, gradient={self.gradient!r}"  # type: ignore[index, union-attr]
+        return f", gradient={self.gradient!r}"
 
 
 class UnconstrainedLinear(_Unconstrained):
@@ -58,19 +54,15 @@ class UnconstrainedLinear(_Unconstrained):
         in_features: features of the input.
         features: width of the equilibrium.
         activation: a name in `perron.activations`.
-        injection: "inside" (b is an affine map of x), or "pre" or "given" (the input is b).
-        bias: of the affine input map.
         initial_radius: mean absolute row sum of W at initialisation.
-        solver: default `Auto()`.
-        gradient: of `perron.gradients`, see `Equilibrium`. `perron.nn.penalties` has
-            regularisations of its Jacobian.
+        injection, bias, solver, device, dtype: as in `MonotoneLinear`.
+        gradient: of `perron.gradients`, see `Equilibrium`; `perron.nn.penalties` has penalties on its Jacobian.
 
     Shape:
         input (batch, in_features), output (batch, features).
 
     Raises:
-        ValueError: wrong shape, inconsistent options.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError, TypeError: as in `PositiveConcaveLinear`, but that b may have any sign.
 
     >>> bool(UnconstrainedLinear(4, 8, initial_radius=8.0).certificate())
     False
@@ -81,25 +73,9 @@ class UnconstrainedLinear(_Unconstrained):
         in_features: int,
         features: int,
         activation: str | Activation = "tanh",
-        *,
-        injection: InputMode = "inside",
-        bias: bool = True,
-        initial_radius: float = 0.9,
-        solver: Solver | None = None,
-        gradient: Gradient | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[UnconstrainedOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            features,
-            linear_maps(in_features, features, bias=bias, device=device, dtype=dtype),
-            activation=activation,
-            injection=injection,
-            initial_radius=initial_radius,
-            solver=solver,
-            gradient=gradient,
-        )
+        super().__init__(LinearMaps(in_features, features), activation, **options)
 
 
 class UnconstrainedConv2d(_Unconstrained):
@@ -108,14 +84,13 @@ class UnconstrainedConv2d(_Unconstrained):
     Args:
         in_features, features: channels of the input and of the equilibrium.
         kernel_size: odd; both convolutions pad by (kernel_size - 1)/2 with zeros and have stride 1.
-        activation, injection, bias, initial_radius, solver, gradient: as in `UnconstrainedLinear`.
+        activation: and further options as in `UnconstrainedLinear`.
 
     Shape:
         input (batch, in_features, height, width), output (batch, features, height, width).
 
     Raises:
-        ValueError: even kernel_size, wrong shape, inconsistent options.
-        TypeError: the input is not floating point, or more precise than the layer.
+        ValueError: even kernel_size, or as in `UnconstrainedLinear`, where TypeError is, too.
     """
 
     dims = 2
@@ -126,22 +101,6 @@ class UnconstrainedConv2d(_Unconstrained):
         features: int,
         kernel_size: int = 3,
         activation: str | Activation = "tanh",
-        *,
-        injection: InputMode = "inside",
-        bias: bool = True,
-        initial_radius: float = 0.9,
-        solver: Solver | None = None,
-        gradient: Gradient | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[UnconstrainedOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            features,
-            convolutional_maps(self.dims, in_features, features, kernel_size, bias=bias, device=device, dtype=dtype),
-            activation=activation,
-            injection=injection,
-            initial_radius=initial_radius,
-            solver=solver,
-            gradient=gradient,
-        )
+        super().__init__(ConvolutionalMaps(self.dims, in_features, features, kernel_size), activation, **options)
