@@ -2,16 +2,19 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import perron
 from perron._files import lock
 from perron.cells import Refusal
 from perron.cli import main
@@ -426,3 +429,79 @@ def test_a_copied_checkpoint_is_evaluated_where_it_lies(runs, tmp_path) -> None:
     assert main(["validate", str(copy)]) == 0
     assert (tmp_path / "elsewhere" / "evaluation-validation.json").is_file()
     assert not (tmp_path / "evaluation-validation.json").exists()
+
+
+def of_version(runs, version: str, change) -> None:
+    """Make a run one that this version of perron wrote, and change its checkpoints."""
+    for path in (runs / "digits" / "run-1" / "checkpoints").iterdir():
+        state = torch.load(path, weights_only=False)
+        state["callbacks"]["Provenance"]["sittings"][-1]["versions"]["perron"] = version
+        change(state)
+        torch.save(state, path)
+
+
+def renamed_class(state) -> None:
+    record = state["callbacks"]["Provenance"]
+    for text in ("config", "source"):
+        record[text] = record[text].replace("PositiveConcaveLinearNet", "RivalNet")
+
+
+def renamed_weight(state) -> None:
+    state["state_dict"]["model.3.core.weight"] = state["state_dict"].pop(
+        "model.3.cell.0.parametrizations.weight.original"
+    )
+
+
+class Moved:
+    """A class whose file was moved."""
+
+
+def moved_class(state) -> None:
+    state["callbacks"]["Other"] = Moved()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(renamed_class, "RivalNet"), (renamed_weight, r"model\.3\.core"), (moved_class, "kernels")]
+)
+def test_what_another_version_wrote_and_this_one_cannot_read_says_so_in_one_line(
+    runs, capsys, monkeypatch, change, reason
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Moved, "__module__", "perron.kernels")
+        patch.setitem(sys.modules, "perron.kernels", SimpleNamespace(Moved=Moved))
+        of_version(runs, "0.1.0", change)
+    before = contents(runs)
+    writer = "another version of perron" if change is moved_class else r"perron 0\.1\.0"
+    remedy = "install the version that wrote it" if change is moved_class else r"install perron 0\.1\.0"
+    for command in ("validate", "test", "predict", "certify", "report"):
+        assert main([command, "digits", "--runs", str(runs)]) == 2
+        message = capsys.readouterr().err
+        expected = rf"perron: .*best\.ckpt was written by {writer}, and perron {perron.__version__} cannot read it \(.*{reason}"
+        assert re.match(expected, message)
+        assert re.search(remedy, message)
+        assert message.count("\n") == 1
+    assert resume(runs, "--trainer.max_epochs", "2") == 2
+    message = capsys.readouterr().err
+    assert re.match(
+        rf"perron: .*last\.ckpt was written by {writer}.*{remedy} to go on with it, or train again\n$", message
+    )
+    assert contents(runs) == before
+
+
+def test_what_another_version_wrote_and_this_one_reads_is_read(runs, capsys, no_pictures) -> None:
+    of_version(runs, "0.1.0", lambda state: None)
+    assert main(["certify", "digits", "--runs", str(runs)]) == 0
+    assert "constant over the whole enclosure" in capsys.readouterr().out
+    assert resume(runs, "--trainer.max_epochs", "2") == 0
+    assert main(["certify", "digits", "--runs", str(runs), "--data.init_args.foo", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "foo" in message
+    assert "written by" not in message
+
+
+def test_what_this_version_wrote_and_does_not_fit_is_not_blamed_on_another(runs, capsys) -> None:
+    of_version(runs, perron.__version__, renamed_weight)
+    assert main(["certify", "digits", "--runs", str(runs)]) == 2
+    message = capsys.readouterr().err
+    assert "does not fit this version" in message
+    assert "written by" not in message

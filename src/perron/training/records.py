@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import textwrap
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,16 +21,40 @@ from perron._files import whole
 
 __all__ = [
     "BestCheckpoint",
+    "OutdatedError",
     "Provenance",
     "WholeCheckpoints",
     "differences",
+    "outdated",
     "read_checkpoint",
     "versions",
+    "written_by",
 ]
 
 
 def versions() -> dict[str, str]:
     return {"perron": perron.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+class OutdatedError(UsageError):
+    """What another version of perron wrote, and this one cannot read."""
+
+
+def outdated(path: Path, written: str | None, reason: object) -> OutdatedError:
+    """The error of a file that the perron of that version wrote, if it is known; the reason is cut to one line."""
+    writer = f"perron {written}" if written else "another version of perron"
+    remedy = f"install perron {written}" if written else "install the version that wrote it"
+    why = textwrap.shorten(str(reason), 200, placeholder=" ...")
+    return OutdatedError(
+        f"{path} was written by {writer}, and perron {perron.__version__} cannot read it ({why}); {remedy} to go on with "
+        "it, or train again"
+    )
+
+
+def written_by(state: Mapping[str, Any]) -> str:
+    """The version of perron that wrote a checkpoint."""
+    version: str = state["callbacks"]["Provenance"]["sittings"][-1]["versions"]["perron"]
+    return version
 
 
 class Provenance(L.Callback):
@@ -108,6 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds. Only read checkpoints you trust: they are pickles.
 
     Raises:
+        OutdatedError: it holds objects of another version of perron.
         UsageError: it is damaged, or of something else.
     """
     try:
@@ -118,6 +144,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         callbacks["Provenance"] = _with_sittings(callbacks["Provenance"])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a checkpoint of perron ({type(error).__name__}: {error})") from error
+    except (AttributeError, ImportError) as error:
+        # A class that was pickled stands elsewhere, or no more.
+        if "perron" not in str(error):
+            raise UsageError(f"{path} needs what is not installed ({error})") from error
+        raise outdated(path, None, error) from error
     except Exception as error:
         # Unpickling damaged bytes can raise anything.
         raise UsageError(f"{path} is damaged ({type(error).__name__}: {error})") from error

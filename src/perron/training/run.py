@@ -34,11 +34,14 @@ from perron.training.evaluation import evaluate
 from perron.training.module import Classifier
 from perron.training.records import (
     BestCheckpoint,
+    OutdatedError,
     Provenance,
     WholeCheckpoints,
     differences,
+    outdated,
     read_checkpoint,
     versions,
+    written_by,
 )
 from perron.verify import certify_classes
 
@@ -119,6 +122,22 @@ def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI
             raise UsageError(" ".join(str(error).split())) from error
 
 
+def _check_readable(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Refuse what another version wrote and this one cannot read: the classes, the options or the weights.
+
+    Raises:
+        OutdatedError: one of them is not known here.
+    """
+    if written_by(state) == perron.__version__:
+        return
+    stored = ["--config", state["callbacks"]["Provenance"]["config"]]
+    try:
+        cli = _instantiate(stored, {"logger": False, "enable_checkpointing": False})
+        cli.model.load_state_dict(state["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        raise outdated(checkpoint, written_by(state), error) from error
+
+
 def _data_arguments(data_dir: str | None) -> list[str]:
     return [] if data_dir is None else ["--data.init_args.data_dir", str(data_dir)]
 
@@ -173,7 +192,8 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
         command: for the record.
 
     Raises:
-        UsageError: there is nothing to resume, what there is is damaged, or an option differs that a run cannot change.
+        UsageError: there is nothing to resume, what there is is damaged, or of another version that had other classes, or
+            an option differs that a run cannot change.
         DataError: the data is missing or damaged.
         BusyError: another process trains this run.
     """
@@ -209,8 +229,11 @@ def _resume(folder: Path, config: Path, arguments: list[str], command: str) -> N
     last = folder / "checkpoints" / "last.ckpt"
     try:
         state = read_checkpoint(last)
+    except OutdatedError:
+        raise
     except UsageError as error:
         raise UsageError(f"{error}; copy best.ckpt over it to go on from there, or start a new run") from error
+    _check_readable(last, state)
     record = state["callbacks"]["Provenance"]
     if record["source"] and yaml.safe_load(record["source"]) != yaml.safe_load(config.read_text()):
         raise UsageError(
@@ -331,10 +354,12 @@ def load(target: str, root: Path, data_dir: str | None, rest: list[str]) -> Load
         rest: further options; a run is evaluated as it was trained, so few can differ.
 
     Raises:
-        UsageError: there is no such run, its checkpoint is damaged, or an option differs that cannot.
+        UsageError: there is no such run, its checkpoint is damaged, or of another version that had other classes, or an
+            option differs that cannot.
     """
     checkpoint = _find(target, root)
     state = read_checkpoint(checkpoint)
+    _check_readable(checkpoint, state)
     config = state["callbacks"]["Provenance"]["config"]
     # A checkpoint that was copied elsewhere is evaluated where it lies.
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
