@@ -362,14 +362,14 @@ def _matrix(step: AffineStep, shape: torch.Size) -> tuple[Matrix, torch.Size]:
     return [[mpf(x) for x in row] for row in rows], images.shape[1:]
 
 
-def channel_product(chain: Chain) -> Matrix:
-    """The exact product of the affine steps on states that are constant over space."""
+def channel_product(chain: Chain, *, absolute: bool = False) -> Matrix:
+    """The exact product of the affine steps, or of their absolute values, on states that are constant over space."""
     found: Matrix | None = None
     with mpmath.workprec(_PRECISIONS[-1]):
         for step in chain.affine:
             # Averages of a constant are that constant.
             if not isinstance(step, PoolStep):
-                matrix = exact_channels(step)
+                matrix = exact_channels(step, absolute=absolute)
                 found = matrix if found is None else product(matrix, found)
     assert found is not None
     return found

@@ -246,14 +246,14 @@ MUTANTS = [
     ),
     Mutant(
         "spectral radius",
-        "theory/positive_concave.py",
-        "return best * (1 + 2 * gamma(roundings + 8, torch.float64))",
-        "return 0.99 * best",
+        "theory/perron_vector.py",
+        "PerronVector(factor=factor * (1 + 2 * gamma(roundings + 8, torch.float64)), weights=best)",
+        "PerronVector(factor=0.99 * factor, weights=best)",
         "tests/theory/test_certificates.py::test_no_certificate_from_radius_1_on_and_one_right_below",
     ),
     Mutant(
         "underflow in a spectral radius",
-        "theory/positive_concave.py",
+        "theory/perron_vector.py",
         "w = step.linear(w) + step.underflow(torch.float64) + _LEAST",
         "w = step.linear(w)",
         "tests/theory/test_certificates.py::test_products_that_underflow_on_the_way_are_not_lost",
@@ -282,8 +282,8 @@ MUTANTS = [
     Mutant(
         "ball of the fixed points",
         "theory/contraction.py",
-        "/ (1 - kappa) * (1 + 1e-12) + 1e-290",
-        "/ (1 - kappa) * 0.99",
+        "/ (1 - norm.factor) * (1 + 1e-12) + 1e-290",
+        "/ (1 - norm.factor) * 0.99",
         "tests/theory/test_contraction.py::test_the_gain_and_the_ball_are_attained_by_linear_maps",
     ),
     Mutant(
@@ -324,9 +324,30 @@ MUTANTS = [
     Mutant(
         "shift of a fixed point of bounded gain",
         "theory/contraction.py",
-        "return gain(chain.behind_injection()[1]) *",
-        "return 0.99 * gain(chain.behind_injection()[1]) *",
+        "per_sample(gain(behind) *",
+        "per_sample(0.99 * gain(behind) *",
         "tests/verify/test_interval.py",
+    ),
+    Mutant(
+        "weighted norm of a whole layer",
+        "theory/perron_vector.py",
+        "most * (1 + 2 * gamma(self.roundings + 8, torch.float64))",
+        "0.99 * most",
+        "tests/theory/test_perron_vector.py",
+    ),
+    Mutant(
+        "ball in a weighted norm",
+        "theory/contraction.py",
+        "ball * weights * (1 + 1e-15) + 1e-300",
+        "0.99 * ball * weights",
+        "tests/theory/test_perron_vector.py",
+    ),
+    Mutant(
+        "shift in a weighted norm",
+        "theory/contraction.py",
+        "moved = passed * apart",
+        "moved = 0.9 * passed * apart",
+        "tests/theory/test_perron_vector.py",
     ),
     Mutant(
         "shift in Thompson's metric",

@@ -268,6 +268,21 @@ def gain_edge() -> Edge:
     return Edge(Equilibrium(cell, injection="free").to(pick(DTYPES)), shape)
 
 
+def perron_edge() -> Edge:
+    """Weights of any sign with row sums of any size, whose absolute values have a spectral radius of about 1."""
+    edge = gain_edge()
+    modules = list(edge.layer.cell.double())[:-2]
+    with torch.no_grad():
+        for module in modules:
+            for p in module.parameters():
+                p.mul_(10.0 ** (3 * torch.randn_like(p)))
+    found = radius(channel_product(trace(edge.layer.cell), absolute=True))
+    slope = exact_slope(trace(edge.layer.cell))
+    if 0 < found < math.inf:
+        scale_(modules, (1 + distance()) / (found * float(slope)))
+    return Edge(edge.layer.to(pick(DTYPES)), edge.shape)
+
+
 def margin_edge() -> Edge:
     """W whose symmetric part has an eigenvalue of about 1."""
     n = integer(1, 4)
@@ -285,7 +300,12 @@ def margin_edge() -> Edge:
 
 
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16)
-EDGES: dict[str, Callable[[], Edge]] = {"radius edge": radius_edge, "gain edge": gain_edge, "margin edge": margin_edge}
+EDGES: dict[str, Callable[[], Edge]] = {
+    "radius edge": radius_edge,
+    "gain edge": gain_edge,
+    "margin edge": margin_edge,
+    "perron edge": perron_edge,
+}
 
 
 def exact_gain(chain: Chain) -> mpf:
@@ -294,8 +314,14 @@ def exact_gain(chain: Chain) -> mpf:
         found = mpf(1)
         for step in chain.affine:
             found *= max(sum(row) for row in exact_channels(step, absolute=True))
-        for activation in (s.activation for s in chain.steps if isinstance(s, ActivationStep)):
-            found *= mpf(activation.slope_at_zero)
+        return found * exact_slope(chain)
+
+
+def exact_slope(chain: Chain) -> mpf:
+    """The product of the largest slopes."""
+    found = mpf(1)
+    for activation in (s.activation for s in chain.steps if isinstance(s, ActivationStep)):
+        found *= mpf(activation.slope_at_zero)
     return found
 
 
@@ -306,7 +332,14 @@ def contradicted(certificate: Certificate, chain: Chain) -> bool:
         return linear and not below_one(channel_product(chain))
     if certificate.kind == "bounded gain":
         rate = certificate.rate
-        return rate is None or exact_gain(chain) > rate or rate >= 1
+        if rate is None or rate >= 1:
+            return True
+        if certificate.metric == "sup norm":
+            return exact_gain(chain) > rate
+        with mpmath.workprec(2600):
+            scale = exact_slope(chain) / (mpf(rate) * (1 + mpf(2) ** -1000))
+            scaled = [[a * scale for a in row] for row in channel_product(chain, absolute=True)]
+        return not below_one(scaled)
     if certificate.kind == "monotone operator":
         matrix = channel_product(chain)
         with mpmath.workprec(2600):

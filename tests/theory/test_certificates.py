@@ -120,7 +120,7 @@ def test_steps_outside_the_class_are_refused(step: nn.Module) -> None:
 def test_relu_after_signed_weights_is_refused_and_still_computed() -> None:
     linear = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
-        linear.weight.copy_(torch.tensor([[0.0, -3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        linear.weight.copy_(torch.tensor([[0.0, -3.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     layer = Equilibrium(nn.Sequential(linear, Inject(), nn.ReLU()))
     assert not layer.certificate()
     b = torch.tensor([[1.0, -2.0, 3.0]])

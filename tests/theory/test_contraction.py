@@ -269,7 +269,7 @@ def long_picard_from(chain: Chain, b: Tensor, z: Tensor) -> Tensor:
 
 
 def test_the_weighted_norm_proves_more_than_row_sums() -> None:
-    weight = torch.tensor([[0.1, 5.0], [-0.1, 0.1]], dtype=torch.float64)
+    weight = torch.tensor([[0.1, 12.0], [-0.1, 0.1]], dtype=torch.float64)
     cell = layer(weight, Activate("tanh"), Inject())
     assert not cell.certificate()
     assert cell.solve(torch.rand(3, 2, dtype=torch.float64)).certified

@@ -25,6 +25,7 @@ from perron.cells.normalization import NormalizeStep
 from perron.cells.step import AffineStep, Linearization, Refusal
 from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
 from perron.theory.certificate import Certificate, near_one
+from perron.theory.perron_vector import Majorant
 from perron.theory.posterior import Posterior, rest
 from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow, underflow_of_norm, weights_for
 
@@ -33,6 +34,7 @@ __all__ = [
     "InWeightedNorm",
     "SignedGradientBound",
     "gain",
+    "norm_of_gain",
     "in_weighted_norm",
     "sensitivity",
     "shift",
@@ -93,6 +95,11 @@ def in_weighted_norm(chain: Chain, injection: Tensor) -> InWeightedNorm:
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
     factor, weights = _weighted(steep, upper - lower, roundings(chain))
+    if not bool((factor < 1).all()) and (norm := norm_of_gain(chain)).factor < 1:
+        # The slopes here are no larger than those that it was found with.
+        serves = ~(factor < norm.factor)
+        factor = torch.where(serves, norm.factor, factor)
+        weights = torch.where(per_sample(serves, weights), norm.over(weights), weights)
     return InWeightedNorm(factor=factor, weights=weights, lower=lower, upper=upper, error=error)
 
 
@@ -104,18 +111,65 @@ def gain(chain: Chain) -> float:
     Raises:
         Refusal: a step is not known.
     """
-    factors: list[float] = []
+    if Chain(chain.known).normalizes:
+        return math.inf
+    return product_above([largest_slope(chain), *(float(step.row_sums()) for step in chain.affine)])
+
+
+def largest_slope(chain: Chain) -> float:
+    """The product of the largest slopes of the elementwise steps, on the whole line."""
     line = torch.full((1,), math.inf, dtype=torch.float64)
-    for step in chain.known:
-        if isinstance(step, AffineStep):
-            factors.append(float(step.row_sums()))
-        elif isinstance(step, ActivationStep):
-            factors.append(float(step.activation.steepest(-line, line)))
-        elif isinstance(step, NormalizeStep):
-            return math.inf
-        elif not isinstance(step, InjectStep):
-            raise unknown_step(step)
-    return product_above(factors)
+    slopes = [s.activation.steepest(-line, line) for s in chain.known if isinstance(s, ActivationStep)]
+    return product_above(float(slope) for slope in slopes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormOfGain:
+    """A weighted sup norm in which F contracts on the whole space, for every injection.
+
+    Attributes:
+        factor: inf where there is none.
+        weights: (n,) of channels or features, or None for ones.
+        majorant: what bounds differences of F.
+    """
+
+    factor: float
+    weights: Tensor | None = None
+    majorant: Majorant | None = None
+
+    def over(self, like: Tensor) -> Tensor:
+        """The weights, shaped like a batch of states."""
+        if self.weights is None or self.majorant is None:
+            return torch.ones_like(like)
+        return self.majorant.over(self.weights, like)
+
+
+def norm_of_gain(chain: Chain) -> NormOfGain:
+    """The sup norm where F contracts in it, else the one that a Perron vector of the majorant of F weights.
+
+    |F(x) - F(y)| <= L |A_K| ... |A_1| |x - y| entrywise, L the product of the largest slopes; with `L |A_K| ... |A_1| w <=
+    kappa w`, w > 0, a distance of at most d w becomes one of at most kappa d w. F(z) = kappa z + b attains it. For one matrix
+    kappa can be as small as L rho(|W|), whatever the row sums of |W| are.
+
+    Raises:
+        Refusal: a step is not known.
+    """
+    factor = gain(chain)
+    if factor < 1 or not factor < math.inf:
+        return NormOfGain(factor=factor)
+    try:
+        majorant = Majorant.of(chain, largest_slope(chain))
+        found = majorant.perron_vector(below_one=True)
+        if not found.factor < 1:
+            return NormOfGain(factor=min(factor, found.factor))
+    except Refusal:
+        return NormOfGain(factor=factor)
+    # As flat as it can be, since a residual counts most where w is small.
+    trials = [found.weights.clamp_min(floor) for floor in (*_FLOORS, 0.0)]
+    factors = [majorant.factor(w) for w in trials]
+    costs = [k / (1 - k) / float(w.min()) if k < 1 else math.inf for k, w in zip(factors, trials, strict=True)]
+    best = min(range(len(trials)), key=costs.__getitem__)
+    return NormOfGain(factor=factors[best], weights=trials[best], majorant=majorant)
 
 
 def _invariant_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -150,18 +204,21 @@ def _range_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
-    """|z| <= |F(0)|/(1 - kappa) in the sup norm, where F contracts on the whole space, 0 <= kappa < 1.
+    """|z| <= |F(0)|/(1 - kappa) in the norm in which F contracts on the whole space, 0 <= kappa < 1.
 
     From |F(z)| <= |F(0)| + kappa |z|: F maps this ball into itself, and F(z) = kappa z + b has its fixed point on it.
     """
-    kappa = gain(chain)
-    if not kappa < 1:
+    norm = norm_of_gain(chain)
+    if not norm.factor < 1:
         return None
     # F(0) with its rounding, which cancelling sums may make larger than F(0) itself.
     zero = torch.zeros_like(injection)
     low, high = _over(chain, injection, zero, zero, 0)
-    radius = amax(torch.maximum(low.abs(), high.abs())) / (1 - kappa) * (1 + 1e-12) + 1e-290
+    size = torch.maximum(low.abs(), high.abs())
+    weights = None if norm.weights is None else norm.over(injection)
+    radius = amax(size if weights is None else size / weights) / (1 - norm.factor) * (1 + 1e-12) + 1e-290
     ball = per_sample(radius, injection).expand_as(injection)
+    ball = ball if weights is None else ball * weights * (1 + 1e-15) + 1e-300
     return -ball, ball
 
 
@@ -301,6 +358,10 @@ class SignedGradientBound(WeightedNormBound):
         lower, upper = (t.double() for t in bounds)
         steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
         self.weights, _, self.kappa = weights_for(steep, torch.ones_like(lower), self.rounding, fixed)
+        if not bool(self.contracts.all()) and (norm := norm_of_gain(chain)).weights is not None:
+            weights, _, kappa = weights_for(steep, norm.over(lower), self.rounding, fixed)
+            self.weights = torch.where(per_sample(kappa < self.kappa, weights), weights, self.weights)
+            self.kappa = torch.minimum(kappa, self.kappa)
         self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
         self.underflow = underflow_of_norm(stages(steep, self.weights), count)
 
@@ -326,22 +387,22 @@ class BoundedGain(Theory):
         return True
 
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
-        factor = gain(chain)
-        if not factor < 1:
+        norm = norm_of_gain(chain)
+        if not norm.factor < 1:
             raise Near(
-                f"absolute row sums times largest slopes are {near_one(factor)}, not below 1 "
+                f"absolute row sums times largest slopes are {near_one(gain(chain))}, not below 1 "
                 "(weights='signed_bounded' keeps them there)",
-                factor,
+                norm.factor,
             )
-        checked = (f"absolute row sums times largest slopes are at most {near_one(factor)} < 1",)
+        what = "absolute row sums" if norm.weights is None else "absolute row sums, weighted by a Perron vector,"
         return Certificate(
             exists=True,
             unique=True,
             geometric=True,
             kind=self.kind,
-            assumptions=checked,
-            rate=factor,
-            metric="sup norm",
+            assumptions=(f"{what} times largest slopes are at most {near_one(norm.factor)} < 1",),
+            rate=norm.factor,
+            metric="sup norm" if norm.weights is None else "weighted sup norm",
         )
 
     def at(self, batch: Batch) -> Facts:
@@ -354,14 +415,22 @@ class BoundedGain(Theory):
 
     def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
         """With L the gain of what follows the injection, |F(z; b) - F(z; c)| <= L |b - c| for every z, and so
-        |z*(b) - z*(c)| <= L |b - c|/(1 - kappa), all in the sup norm.
+        |z*(b) - z*(c)| <= L |b - c|/(1 - kappa), all in the norm in which F contracts.
         """
         centre, radius = centre_and_radius(b)
         found = solve(centre)
-        reach = per_sample(shift(chain, radius), centre)
+        reach = shift(chain, radius)
         return found.where_proven(widened(found.lower - reach, found.upper + reach, 4 * _U))
 
 
 def shift(chain: Chain, radius: Tensor) -> Tensor:
-    """(batch,) how far the fixed point moves, in every entry, while b does by at most `radius`."""
-    return gain(chain.behind_injection()[1]) * amax(radius) / (1 - gain(chain)) * (1 + 8 * _U)
+    """(batch, ...) how far the fixed point moves while b does by at most `radius`."""
+    norm, behind = norm_of_gain(chain), chain.behind_injection()[1]
+    if norm.weights is None or norm.majorant is None:
+        return per_sample(gain(behind) * amax(radius) / (1 - norm.factor) * (1 + 8 * _U), radius).expand_as(radius)
+    weights = norm.over(radius)
+    passed = norm.majorant.behind_injection(largest_slope(behind)).factor(norm.weights)
+    # A quotient below the range has no digits.
+    apart = amax(radius / weights + torch.finfo(radius.dtype).tiny)
+    moved = passed * apart / (1 - norm.factor) * (1 + 16 * _U)
+    return per_sample(moved, radius) * weights * (1 + 4 * _U) + torch.finfo(radius.dtype).tiny

@@ -8,7 +8,6 @@ and then it is unique and Picard iteration reaches it geometrically.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -26,14 +25,11 @@ from perron.cells.step import AffineStep, Linearization, Map, Refusal
 from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
 from perron.theory.certificate import Certificate, near_one
 from perron.theory.orbit import Orbit
+from perron.theory.perron_vector import Majorant, perron_vector
 from perron.theory.thompson import check_nonnegative, degree
 from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow_of_norm, weights_for
 
 __all__ = ["ConcaveGradientBound", "PositiveConcave", "spectral_radius_bound"]
-
-
-# Above what underflow takes from a sum, far below every number that counts.
-_LEAST = 1e-300
 
 
 @torch.no_grad()
@@ -58,61 +54,18 @@ def spectral_radius_bound(matrix: Tensor, *, iterations: int = 200) -> float:
         raise ValueError("the bound holds for finite nonnegative matrices only")
     if not bool((entries > 0).any()):
         return 0.0
-    return _radius_above(lambda w: a @ w, a.shape[0], a.shape[0] + 2, a.device, iterations)
-
-
-def _radius_above(
-    image: Callable[[Tensor], Tensor], n: int, roundings: int, device: torch.device, iterations: int = 200
-) -> float:
-    """At least the spectral radius of the nonnegative w -> A w on n entries, computed with so many roundings in a row.
-
-    For every w > 0 it is at most max_i (A w)_i/w_i; a positive multiple of the identity attains it. The quotient is one
-    more rounding. A w needs to be right from 1e-300 on only: no entry of w is below 1e-200.
-    """
-    w = torch.ones(n, dtype=torch.float64, device=device)
-    best = math.inf
-    for _ in range(iterations):
-        y = image(w) + _LEAST
-        ratios = y / w
-        low, high = (float(t) for t in torch.aminmax(ratios))
-        if not high < math.inf:
-            # Overflow.
-            break
-        best = min(best, high)
-        if low >= best * (1 - 1e-12):
-            break
-        # The shift keeps w positive where the matrix is reducible, and steady where it is periodic.
-        w = y + 0.2 * best * w
-        w = (w / w.max()).clamp_min(1e-200)
-    return best * (1 + 2 * gamma(roundings + 8, torch.float64))
+    return perron_vector(lambda w: a @ w, a.shape[0], a.shape[0] + 2, a.device, iterations=iterations).factor
 
 
 def _asymptotic_radius(chain: Chain) -> float:
     """At least the spectral radius of f_inf(z) = lim f(t z)/t, which is s A_L ... A_1 z with s the product of the slopes.
 
-    On w constant over images and positive, A_k w <= M_k w with M_k = `channels` of the step; so f_inf^j w <= (s M)^j w,
-    M = M_L ... M_1, and s M has no smaller radius than f_inf. Convolutions over all of space and matrices attain it.
+    f_inf^j w <= (s M)^j w for the majorant s M of the chain and w > 0, so s M has no smaller radius than f_inf.
     """
     slope = product_above(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
     if slope == 0:
         return 0.0
-    sizes = chain.sizes()
-    if "features" in sizes and "dimensions" in sizes:
-        raise Refusal("the spectral radius of a cell with linear maps along a side of an image is not bounded here")
-    maps = [m for step in chain.affine for m in step.channels()]
-    if not maps:
-        return slope
-
-    def image(w: Tensor) -> Tensor:
-        w = w.unsqueeze(0)
-        for step in maps:
-            # What underflowed may meet large weights in the next step.
-            w = step.linear(w) + step.underflow(torch.float64) + _LEAST
-        return w.squeeze(0)
-
-    n = sizes.get("features", sizes.get("channels", 0))
-    roundings = sum(s.terms + 3 for s in chain.affine)
-    return product_above([slope, _radius_above(image, n, roundings, maps[0].tensors[0].device)])
+    return Majorant.of(chain, slope).perron_vector().factor
 
 
 def _check_nonnegative(chain: Chain) -> None:
