@@ -19,7 +19,7 @@ from torch import Tensor
 from perron._numerics.rounding import flushes_subnormals
 from perron._numerics.transforms import VmapInfo, fold_vmap, refuse_nested_forward_mode
 from perron.cells.chain import Chain
-from perron.gradients.base import Gradient, Pose
+from perron.gradients.base import Call, Gradient, Pose
 from perron.problem import Cell
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import solve_adjoint, solve_tangent
@@ -41,21 +41,13 @@ class Implicit(Gradient):
         ValueError: the cell depends on a tensor whose gradient would be lost.
     """
 
-    def solve(
-        self,
-        map: Cell,
-        injection: Tensor,
-        solver: Solver,
-        *,
-        pose: Pose,
-        z0: Tensor | None = None,
-        on_adjoint: Callable[[AdjointSolution], None] | None = None,
-    ) -> tuple[Tensor, Solution]:
+    def solve(self, call: Call) -> tuple[Tensor, Solution]:
         refuse_nested_forward_mode()
+        map, injection, z0 = call.map, call.injection, call.z0
         if torch.is_grad_enabled():
             map = map.with_kept(torch.zeros_like(injection) if z0 is None else z0, injection)
         # The graph must not hang on the map's own tensors: they come back through saved_tensors.
-        run = _Run(map.rebind([t.detach() for t in map.tensors]), solver, pose, on_adjoint)
+        run = _Run(map.rebind([t.detach() for t in map.tensors]), call.solver, call.pose, call.on_adjoint)
         value, _, _ = _FixedPoint.apply(run, z0, injection, *map.tensors)
         # Weights under vmap are one problem each.
         solution = Solution.joined(run.solutions)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perron.gradients.base import Gradient, Pose
+from perron.gradients.base import Call, Gradient
 from perron.gradients.implicit import Implicit
 from perron.problem import Cell
-from perron.solution import AdjointSolution, Solution
-from perron.solvers.base import Solver
+from perron.solution import Solution
 
 __all__ = ["Phantom"]
 
@@ -42,19 +40,10 @@ class Phantom(Gradient):
                 f"steps must be at least 1 and damping in (0, 1], got steps={self.steps}, damping={self.damping}"
             )
 
-    def solve(
-        self,
-        map: Cell,
-        injection: Tensor,
-        solver: Solver,
-        *,
-        pose: Pose,
-        z0: Tensor | None = None,
-        on_adjoint: Callable[[AdjointSolution], None] | None = None,
-    ) -> tuple[Tensor, Solution]:
+    def solve(self, call: Call) -> tuple[Tensor, Solution]:
         with torch.no_grad():
-            value, solution = Implicit().solve(map, injection, solver, pose=pose, z0=z0)
-        return self._attach(map, injection, value.detach()), solution
+            value, solution = Implicit().solve(call)
+        return self._attach(call.map, call.injection, value.detach()), solution
 
     def _attach(self, map: Cell, injection: Tensor, value: Tensor) -> Tensor:
         """The value, unchanged, with these gradients with respect to the injection and the map's tensors."""

@@ -19,7 +19,7 @@ from perron.cells.chain import Chain
 from perron.cells.dropout import VariationalDropout
 from perron.cells.opaque import OneSystem, Opaque, as_cell, check_independent
 from perron.cells.trace import as_map
-from perron.gradients import Gradient, Implicit
+from perron.gradients import Call, Gradient, Implicit
 from perron.problem import Cell, FixedPointProblem
 from perron.solution import AdjointSolution, Solution
 from perron.solvers import Auto, Solver
@@ -197,7 +197,14 @@ class Equilibrium(nn.Module):
         posed = _Posed.of(map, b, self._guess(b, z0))
         recorder = _Recorder(self, posed)
         value, solution = self.gradient.solve(
-            posed.map, posed.injection, self.solver, pose=self._pose, z0=posed.z0, on_adjoint=recorder
+            Call(
+                map=posed.map,
+                injection=posed.injection,
+                solver=self.solver,
+                pose=self._pose,
+                z0=posed.z0,
+                on_adjoint=recorder,
+            )
         )
         recorder.expect(self._remember(posed.reported(solution)))
         for observe in self._observers:

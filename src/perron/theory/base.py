@@ -378,8 +378,8 @@ class Theory(ABC):
     splits: ClassVar[bool] = False
 
     @property
-    @abstractmethod
-    def picard_converges(self) -> bool: ...
+    def picard_converges(self) -> bool:
+        return not self.splits
 
     @abstractmethod
     def certify(self, chain: Chain, sign: Sign) -> Certificate:

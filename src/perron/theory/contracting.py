@@ -13,9 +13,9 @@ from perron._numerics.batch import all_finite, per_sample
 from perron._numerics.interval import Interval
 from perron.cells.chain import Chain
 from perron.cells.step import Refusal
-from perron.theory.base import Batch, Facts, GradientBound, RankOne, Sign, Solve, Theory
+from perron.theory.base import Batch, Facts, Sign, Solve
 from perron.theory.certificate import Certificate
-from perron.theory.contraction import InWeightedNorm, in_weighted_norm, signed_bound
+from perron.theory.contraction import Contractive, InWeightedNorm, in_weighted_norm
 from perron.theory.monotone_operator import margin
 from perron.theory.posterior import Posterior
 from perron.theory.thompson import InThompsonsMetric, in_thompsons_metric
@@ -79,7 +79,7 @@ def contraction(chain: Chain, injection: Tensor) -> Contraction:
 
 
 @dataclass(frozen=True)
-class Contracting(Theory):
+class Contracting(Contractive):
     """Whether F contracts is seen sample by sample.
 
     Attributes:
@@ -101,11 +101,6 @@ class Contracting(Theory):
 
     def at(self, batch: Batch) -> Facts:
         return Posterior(batch=batch, known=contraction(batch.map, batch.injection))
-
-    def bound_gradient(
-        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
-    ) -> GradientBound | None:
-        return signed_bound(chain, injection, bounds, fixed=fixed)
 
     def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
         raise Refusal("how far the fixed point moves is only known where F contracts for every injection")

@@ -31,6 +31,7 @@ from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, un
 
 __all__ = [
     "BoundedGain",
+    "Contractive",
     "InWeightedNorm",
     "SignedGradientBound",
     "gain",
@@ -376,15 +377,20 @@ def signed_bound(
     return None if chain.normalizes else SignedGradientBound(chain, injection, bounds, fixed=fixed)
 
 
+class Contractive(Theory):
+    """A theory of cells whose Jacobian may have negative entries."""
+
+    def bound_gradient(
+        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
+    ) -> GradientBound | None:
+        return signed_bound(chain, injection, bounds, fixed=fixed)
+
+
 @dataclass(frozen=True)
-class BoundedGain(Theory):
+class BoundedGain(Contractive):
     """Absolute row sums, times the largest slopes, below 1: F contracts in the sup norm, for weights and injections of any sign."""
 
     kind: ClassVar[str] = "bounded gain"
-
-    @property
-    def picard_converges(self) -> bool:
-        return True
 
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         norm = norm_of_gain(chain)
@@ -407,11 +413,6 @@ class BoundedGain(Theory):
 
     def at(self, batch: Batch) -> Facts:
         return Posterior(batch=batch, known=in_weighted_norm(batch.map, batch.injection))
-
-    def bound_gradient(
-        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
-    ) -> GradientBound | None:
-        return signed_bound(chain, injection, bounds, fixed=fixed)
 
     def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
         """With L the gain of what follows the injection, |F(z; b) - F(z; c)| <= L |b - c| for every z, and so

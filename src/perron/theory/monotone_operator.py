@@ -208,10 +208,6 @@ class MonotoneOperator(Theory):
     kind: ClassVar[str] = "monotone operator"
     splits: ClassVar[bool] = True
 
-    @property
-    def picard_converges(self) -> bool:
-        return False
-
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         least = margin(chain)
         if not least > -math.inf:

@@ -187,10 +187,6 @@ class PositiveConcave(Theory):
     orthant: ClassVar[bool] = True
     rises: ClassVar[bool] = True
 
-    @property
-    def picard_converges(self) -> bool:
-        return True
-
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         if sign is Sign.ANY:
             raise Refusal("the injection may have any sign")

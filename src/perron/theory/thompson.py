@@ -28,9 +28,9 @@ from perron.cells.chain import Chain, unknown_step
 from perron.cells.injection import InjectStep
 from perron.cells.normalization import LEAST_NORMALIZED, NormalizeStep
 from perron.cells.step import AffineStep, Refusal
-from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
+from perron.theory.base import Batch, Facts, Near, Sign, Solve
 from perron.theory.certificate import Certificate, near_one
-from perron.theory.contraction import signed_bound
+from perron.theory.contraction import Contractive
 from perron.theory.posterior import Posterior, rest
 
 __all__ = [
@@ -226,15 +226,11 @@ def distance(chain: Chain, b: Interval, centre: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Thompson(Theory):
+class Thompson(Contractive):
     """Nonnegative weights and a degree below 1: F contracts in Thompson's metric, for all nonnegative injections."""
 
     kind: ClassVar[str] = "subhomogeneous"
     orthant: ClassVar[bool] = True
-
-    @property
-    def picard_converges(self) -> bool:
-        return True
 
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         if sign is Sign.ANY:
@@ -262,11 +258,6 @@ class Thompson(Theory):
 
     def at(self, batch: Batch) -> Facts:
         return Posterior(batch=batch, known=in_thompsons_metric(batch.map, batch.injection))
-
-    def bound_gradient(
-        self, chain: Chain, injection: Tensor, bounds: tuple[Tensor, Tensor], *, model: RankOne | None, fixed: bool
-    ) -> GradientBound | None:
-        return signed_bound(chain, injection, bounds, fixed=fixed)
 
     def moved(self, chain: Chain, b: Interval, solve: Solve) -> Interval:
         """From the enclosure at the centre c: with q = mu and D >= d(F(z; b), F(z; c)) for every z, in Thompson's metric,
