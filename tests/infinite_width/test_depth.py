@@ -42,7 +42,7 @@ def test_classes_of_activations() -> None:
     for name in ("sigmoid", "swish", "gelu", "softplus", "abs"):
         assert depth_limit(name).kind == "majority vote"
     assert depth_limit("abs", centred=True).kind == "nearest neighbour"
-    cosine = ScalarFunction("cos", torch.cos, lambda x: -torch.sin(x))
+    cosine = ScalarFunction(name="cos", value=torch.cos, slope=lambda x: -torch.sin(x))
     assert depth_limit(cosine, centred=True).kind == "nearest neighbour"
 
 
@@ -113,7 +113,7 @@ def test_limit_classifiers() -> None:
 
 def test_odd_activations_turn_against_opposite_points() -> None:
     """h_3: the nearly opposite point speaks against its label, louder than a nearer one of the same class for it."""
-    third = ScalarFunction("h3", lambda x: x**3 - 3 * x, lambda x: 3 * x**2 - 3)
+    third = ScalarFunction(name="h3", value=lambda x: x**3 - 3 * x, slope=lambda x: 3 * x**2 - 3)
     angles = torch.tensor([3.1, 1.1, 1.3])
     x = torch.stack([angles.cos(), angles.sin()], 1)
     y, new = torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.0]])
@@ -137,7 +137,12 @@ def test_misuse() -> None:
     limit = depth_limit("tanh")
     for call, message in (
         (lambda: depth_limit("linear"), "linear"),
-        (lambda: depth_limit(ScalarFunction("one", torch.ones_like, torch.zeros_like), centred=True), "positive"),
+        (
+            lambda: depth_limit(
+                ScalarFunction(name="one", value=torch.ones_like, slope=torch.zeros_like), centred=True
+            ),
+            "positive",
+        ),
         (lambda: depth_limit("cube"), "unknown"),
         (lambda: depth_limit("relu").weight(torch.zeros(1)), "majority"),
         (lambda: limit.weight(torch.tensor([1.5])), "correlations"),

@@ -87,7 +87,7 @@ def test_probabilities_of_classes(freedom: float | None) -> None:
         torch.tensor([[0.0, 0.5, 1.0], [3.0, 0.0, -1.0]]).double(),
         torch.tensor([[1.0, 2.0, 0.3], [1.0, 1.0, 4.0]]).double(),
     )
-    found = Prediction(mean, scale, freedom).probabilities()
+    found = Prediction(mean=mean, scale=scale, freedom=freedom).probabilities()
     assert torch.allclose(found.sum(1), torch.ones(2).double())
     draws = rng.standard_normal((400_000, 3)) if freedom is None else rng.standard_t(freedom, (400_000, 3))
     for row in range(2):
@@ -95,10 +95,10 @@ def test_probabilities_of_classes(freedom: float | None) -> None:
         share = np.bincount(largest, minlength=3) / len(draws)
         assert found[row].numpy() == pytest.approx(share, abs=4e-3)
     if freedom is None:
-        two = Prediction(mean[:, :2], scale[:, :2], None).probabilities()[:, 0]
+        two = Prediction(mean=mean[:, :2], scale=scale[:, :2], freedom=None).probabilities()[:, 0]
         wanted = stats.norm.cdf((mean[:, 0] - mean[:, 1]) / scale[:, :2].norm(dim=1))
         assert two.numpy() == pytest.approx(wanted, abs=1e-4)
-    assert Prediction(mean[:0], scale[:0], freedom).probabilities().shape == (0, 3)
+    assert Prediction(mean=mean[:0], scale=scale[:0], freedom=freedom).probabilities().shape == (0, 3)
 
 
 def test_misuse_and_heavy_tails() -> None:
@@ -119,4 +119,4 @@ def test_misuse_and_heavy_tails() -> None:
     with pytest.raises(ValueError, match="cross must be"):
         Process(k, y, noise=0.1).predict(cross[:, :3], own)
     one = torch.ones(1, 1, dtype=torch.float64)
-    assert Prediction(one, one, 2.0).variance == math.inf
+    assert Prediction(mean=one, scale=one, freedom=2.0).variance == math.inf

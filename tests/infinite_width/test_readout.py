@@ -12,7 +12,7 @@ def split(n: int, seed: int) -> Split:
     x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
     y = (x[:, 0] > 0).long()
     x[:, 0] += 2 * (2 * y - 1)
-    return Split(F.normalize(x), y)
+    return Split(X=F.normalize(x), y=y)
 
 
 @pytest.mark.parametrize("width", [50, 400])

@@ -37,7 +37,7 @@ _HELP = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GraphData:
     """A graph with labelled nodes.
 
@@ -109,7 +109,14 @@ def read_graph(name: str, data_dir: str | Path | None) -> GraphData:
     except (KeyError, ValueError, OSError, IndexError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged or of another form ({error}). {_HELP}") from error
     features = features / features.sum(1, keepdim=True).clamp_min(1e-12)
-    return GraphData(name, features, torch.from_numpy(edges), torch.from_numpy(weight), label, known)
+    return GraphData(
+        name=name,
+        features=features,
+        edge_index=torch.from_numpy(edges),
+        edge_weight=torch.from_numpy(weight),
+        label=label,
+        known=known,
+    )
 
 
 def random_split(data: GraphData, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ __all__ = ["ScalarFunction", "clip_abs", "hard_tanh", "scalar_function", "transf
 Number = float | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScalarFunction:
     """A function phi0 of the line, applied entrywise.
 
@@ -58,9 +58,9 @@ def two_slopes(right: Number, left: Number) -> ScalarFunction:
     if not (math.isfinite(right) and math.isfinite(left)):
         raise ValueError(f"slopes must be finite, got {right} and {left}")
     return ScalarFunction(
-        f"two_slopes({right:.9g}, {left:.9g})",
-        lambda x: torch.where(x > 0, right * x, left * x),
-        lambda x: right * (x > 0).to(x) + left * (x <= 0).to(x),
+        name=f"two_slopes({right:.9g}, {left:.9g})",
+        value=lambda x: torch.where(x > 0, right * x, left * x),
+        slope=lambda x: right * (x > 0).to(x) + left * (x <= 0).to(x),
         kinks=() if right == left else (0.0,),
         slopes=(right, left),
     )
@@ -75,9 +75,9 @@ def hard_tanh(scale: Number, limit: Number) -> ScalarFunction:
     if not (math.isfinite(scale) and 0 < limit < math.inf):
         raise ValueError(f"scale must be finite and limit positive and finite, got {scale} and {limit}")
     return ScalarFunction(
-        f"hard_tanh({scale:.9g}, {limit:.9g})",
-        lambda x: scale * x.clamp(-limit, limit),  # type: ignore[arg-type, operator]
-        lambda x: scale * (x.abs() < limit).to(x),
+        name=f"hard_tanh({scale:.9g}, {limit:.9g})",
+        value=lambda x: scale * x.clamp(-limit, limit),  # type: ignore[arg-type, operator]
+        slope=lambda x: scale * (x.abs() < limit).to(x),
         kinks=(-limit, limit),
     )
 
@@ -92,9 +92,9 @@ def clip_abs(scale: Number, limit: Number, even: Number) -> ScalarFunction:
     if not math.isfinite(even):
         raise ValueError(f"even must be finite, got {even}")
     return ScalarFunction(
-        f"clip_abs({scale:.9g}, {limit:.9g}, {even:.9g})",
-        lambda x: clipped.value(x) + even * x.abs(),
-        lambda x: clipped.slope(x) + even * x.sign(),
+        name=f"clip_abs({scale:.9g}, {limit:.9g}, {even:.9g})",
+        value=lambda x: clipped.value(x) + even * x.abs(),
+        slope=lambda x: clipped.slope(x) + even * x.sign(),
         kinks=(-limit, 0.0, limit),
     )
 
@@ -108,9 +108,9 @@ def transformed(inner: ScalarFunction, outer: Number, stretch: Number, shift: Nu
     if not all(map(math.isfinite, (outer, stretch, shift))) or stretch == 0:
         raise ValueError(f"outer, stretch and shift must be finite and stretch not 0, got {outer}, {stretch}, {shift}")
     return ScalarFunction(
-        f"{outer:.9g} {inner.name}({stretch:.9g} x + {shift:.9g})",
-        lambda x: outer * inner.value(stretch * x + shift),
-        lambda x: outer * stretch * inner.slope(stretch * x + shift),
+        name=f"{outer:.9g} {inner.name}({stretch:.9g} x + {shift:.9g})",
+        value=lambda x: outer * inner.value(stretch * x + shift),
+        slope=lambda x: outer * stretch * inner.slope(stretch * x + shift),
         kinks=tuple((k - shift) / stretch for k in inner.kinks),
     )
 
@@ -122,16 +122,20 @@ def _normal_density(x: Tensor) -> Tensor:
 _NAMED: dict[str, ScalarFunction] = {
     f.name: f
     for f in (
-        ScalarFunction("linear", lambda x: x, torch.ones_like, slopes=(1.0, 1.0)),
-        ScalarFunction("abs", torch.abs, torch.sign, (0.0,), (1.0, -1.0)),
-        ScalarFunction("relu", torch.relu, lambda x: (x > 0).to(x), (0.0,), (1.0, 0.0)),
-        ScalarFunction("tanh", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
-        ScalarFunction("sigmoid", torch.sigmoid, sigmoid_derivative),
-        ScalarFunction("erf", torch.erf, lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x), is_erf=True),
-        ScalarFunction("swish", F.silu, lambda x: torch.sigmoid(x) + x * sigmoid_derivative(x)),
-        ScalarFunction("gelu", F.gelu, lambda x: torch.special.ndtr(x) + x * _normal_density(x)),
-        ScalarFunction("softplus", F.softplus, torch.sigmoid),
-        ScalarFunction("hard_tanh", lambda x: x.clamp(-1, 1), lambda x: (x.abs() < 1).to(x), kinks=(-1.0, 1.0)),
+        ScalarFunction(name="linear", value=lambda x: x, slope=torch.ones_like, slopes=(1.0, 1.0)),
+        ScalarFunction(name="abs", value=torch.abs, slope=torch.sign, kinks=(0.0,), slopes=(1.0, -1.0)),
+        ScalarFunction(name="relu", value=torch.relu, slope=lambda x: (x > 0).to(x), kinks=(0.0,), slopes=(1.0, 0.0)),
+        ScalarFunction(name="tanh", value=torch.tanh, slope=lambda x: 1 - torch.tanh(x) ** 2),
+        ScalarFunction(name="sigmoid", value=torch.sigmoid, slope=sigmoid_derivative),
+        ScalarFunction(
+            name="erf", value=torch.erf, slope=lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x), is_erf=True
+        ),
+        ScalarFunction(name="swish", value=F.silu, slope=lambda x: torch.sigmoid(x) + x * sigmoid_derivative(x)),
+        ScalarFunction(name="gelu", value=F.gelu, slope=lambda x: torch.special.ndtr(x) + x * _normal_density(x)),
+        ScalarFunction(name="softplus", value=F.softplus, slope=torch.sigmoid),
+        ScalarFunction(
+            name="hard_tanh", value=lambda x: x.clamp(-1, 1), slope=lambda x: (x.abs() < 1).to(x), kinks=(-1.0, 1.0)
+        ),
     )
 }
 

@@ -23,7 +23,7 @@ from perron.infinite_width.state import EquilibriumState
 __all__ = ["KernelCoefficients", "ck_coefficients", "explicit_coefficients", "ntk_coefficients"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelCoefficients:
     """Of the Gram matrix, of the two structured terms, and the diagonal.
 
@@ -54,13 +54,13 @@ def ck_coefficients(state: EquilibriumState) -> KernelCoefficients:
     m, kept = state.moments, 1 - state.sa * state.moments.slope**2
     g2 = m.curvature**2
     return KernelCoefficients(
-        m.slope**2 * state.h1,
-        g2 * state.h4**2 / (4 * kept),
-        g2 * state.h1**2 / (2 * kept),
-        m.second,
-        state.tau0,
-        m.spread * state.h4,
-        state.sb / kept**2 * _slope_of_g1(state),
+        a1=m.slope**2 * state.h1,
+        a2=g2 * state.h4**2 / (4 * kept),
+        a3=g2 * state.h1**2 / (2 * kept),
+        diagonal=m.second,
+        tau0=state.tau0,
+        diagonal_slope=m.spread * state.h4,
+        gram_slope=state.sb / kept**2 * _slope_of_g1(state),
     )
 
 
@@ -99,7 +99,15 @@ def ntk_coefficients(state: EquilibriumState, trained: Trained = "Av") -> Kernel
     # Of g1 h1/(1 - sa g1), and with the input's weights of g1 (h1 + sb)/(1 - sa g1).
     of_g1 = state.sb * (1 + sa * g1) if trained == "Av" else 2 * state.sb
     gram_slope = of_g1 / kept**3 * _slope_of_g1(state)
-    return KernelCoefficients(b1, ck.a2 / kept, b3, diagonal, state.tau0, diagonal_slope, gram_slope)
+    return KernelCoefficients(
+        a1=b1,
+        a2=ck.a2 / kept,
+        a3=b3,
+        diagonal=diagonal,
+        tau0=state.tau0,
+        diagonal_slope=diagonal_slope,
+        gram_slope=gram_slope,
+    )
 
 
 def explicit_coefficients(
@@ -129,4 +137,6 @@ def explicit_coefficients(
         )
         b1, b2, b3 = a1 + g1 * b1, a2 + g1 * b2, a3 + g1 * b3 + g2 * old1 * b1
         tau2, kappa2 = m.second, m.second + m.energy * kappa2
-    return KernelCoefficients(a1, a2, a3, tau2, t0), KernelCoefficients(b1, b2, b3, kappa2, t0)
+    return KernelCoefficients(a1=a1, a2=a2, a3=a3, diagonal=tau2, tau0=t0), KernelCoefficients(
+        a1=b1, a2=b2, a3=b3, diagonal=kappa2, tau0=t0
+    )

@@ -95,7 +95,7 @@ def _horner(series: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DepthLimit:
     """The classifier that an infinitely deep network with this activation is; see `depth_limit`.
 
@@ -233,7 +233,9 @@ def depth_limit(activation: str | ScalarFunction, *, centred: bool = False) -> D
         raise ValueError(f"{phi.name} is linear: a deep network has the kernel of a shallow one")
     kind: Classifier = "majority vote" if mean else "singular kernel" if slope else "nearest neighbour"
     exponent = -4 * math.log(slope) / math.log(unit.energy) if kind == "singular kernel" else None
-    return DepthLimit(phi, centred, mean, slope, unit.energy, kind, exponent)
+    return DepthLimit(
+        phi=phi, centred=centred, mean=mean, slope=slope, energy=unit.energy, kind=kind, exponent=exponent
+    )
 
 
 def deep_ntk(rho: Tensor, activation: str | ScalarFunction, depth: int, *, centred: bool = False) -> Tensor:
@@ -347,4 +349,4 @@ def optimal_activation(dimension: float, degree: int = 4) -> ScalarFunction:
     def slope(x: Tensor) -> Tensor:
         return first + last * math.sqrt(degree) * list(hermite_polynomials(x, degree))[-1]
 
-    return ScalarFunction(f"optimal({dimension:g}, degree {degree})", value, slope)
+    return ScalarFunction(name=f"optimal({dimension:g}, degree {degree})", value=value, slope=slope)

@@ -44,7 +44,7 @@ _BLOCK = 2**21
 _TOL, _STEPS = 1e-12, 2000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImplicitKernels:
     """The kernels of an equilibrium network on a data set, and how they were found.
 
@@ -200,7 +200,9 @@ def implicit_kernels(
         ck[rows] = torch.where(own, dual.second, dual(rows, h))
         slopes[rows] = torch.where(own, dual.energy, dual.of_slope(rows, h))
     truncation = dual.warn_of_truncation(correlation)
-    return ImplicitKernels(ck, slopes, gram, state, steps, residual, truncation)
+    return ImplicitKernels(
+        ck=ck, slopes=slopes, gram=gram, state=state, steps=steps, residual=residual, truncation=truncation
+    )
 
 
 def implicit_ck(X: Tensor, activation: str | ScalarFunction, sa: float | Tensor, sb: float | Tensor) -> Tensor:

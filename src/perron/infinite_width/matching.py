@@ -39,7 +39,7 @@ class MatchWarning(UserWarning):
     """The explicit network does not solve all four equations; the message has the numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Match:
     """An explicit network, and how well its kernel fits.
 
@@ -116,7 +116,9 @@ def match_explicit(
     depth = depth or (1 if family == "hard_tanh" else 2 if target == "ck" else 3)
     problem = _Problem(state, target, wanted, frozen)
     layers = _closed_form(problem, family, depth) or _search(problem, family, depth)
-    match = Match(tuple(layers), state, target, wanted.as_tensor(), problem.found(layers))
+    match = Match(
+        activations=tuple(layers), state=state, target=target, wanted=wanted.as_tensor(), found=problem.found(layers)
+    )
     if not bool((match.residuals.abs() <= _SMALL).all()):
         numbers = ", ".join(f"{float(r):.2g}" for r in match.residuals)
         warnings.warn(

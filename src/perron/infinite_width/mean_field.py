@@ -25,7 +25,7 @@ from perron.nn import Equilibrium
 __all__ = ["MeanField", "mean_field"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanField:
     """Of a layer on a batch; float64.
 
@@ -74,7 +74,7 @@ def mean_field(layer: Equilibrium, x: Tensor) -> MeanField:
     injection = layer.injected(x).double() + (0.0 if bias is None else bias.double())
     network = Equilibrium(nn.Sequential(field, Inject(), Activate(sigma)), injection="given")
     value = network(injection)
-    return MeanField(value, value.mean(1), gain, (own - value).norm(dim=1) / own.norm(dim=1))
+    return MeanField(value=value, mean=value.mean(1), gain=gain, distance=(own - value).norm(dim=1) / own.norm(dim=1))
 
 
 def _parts(map: Chain | Opaque) -> tuple[Tensor, Tensor | None, Activation] | None:

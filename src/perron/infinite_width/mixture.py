@@ -13,7 +13,7 @@ from perron.infinite_width.coefficients import KernelCoefficients
 __all__ = ["GaussianMixture", "MixtureSample", "spectral_equivalent"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixtureSample:
     """Inputs with what the theory needs to know of them.
 
@@ -81,12 +81,12 @@ class GaussianMixture:
         traces = torch.einsum("kii->k", self.covariances)
         mean_trace = shares @ traces
         return MixtureSample(
-            (self.means[labels] + noise) / p**0.5,
-            labels,
-            (mean_trace / p).sqrt(),
-            (traces - mean_trace) / p**0.5,
-            torch.einsum("aij,bji->ab", self.covariances, self.covariances) / p,
-            noise.square().sum(1) / p - traces[labels] / p,
+            X=(self.means[labels] + noise) / p**0.5,
+            labels=labels,
+            tau0=(mean_trace / p).sqrt(),
+            t=(traces - mean_trace) / p**0.5,
+            T=torch.einsum("aij,bji->ab", self.covariances, self.covariances) / p,
+            psi=noise.square().sum(1) / p - traces[labels] / p,
         )
 
 

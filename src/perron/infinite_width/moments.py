@@ -42,7 +42,7 @@ def quadrature(scale: Tensor, kinks: Sequence[Number]) -> tuple[Tensor, Tensor]:
     return x, w
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Moments:
     """Averages of a function at tau xi, xi ~ N(0, 1); phi is the function less its mean (or less a given shift).
 
@@ -83,12 +83,12 @@ def gaussian_moments(phi: ScalarFunction, variance: Tensor, *, shift: Tensor | N
     square = centred * centred
     hermite = x * x - 1
     return Moments(
-        mean,
-        (w * square).sum(-1),
-        (w * x * centred).sum(-1) / scale,
-        (w * hermite * centred).sum(-1) / variance,
-        (w * hermite * square).sum(-1) / (2 * variance),
-        (w * phi.slope(scale.unsqueeze(-1) * x) ** 2).sum(-1),
+        mean=mean,
+        second=(w * square).sum(-1),
+        slope=(w * x * centred).sum(-1) / scale,
+        curvature=(w * hermite * centred).sum(-1) / variance,
+        spread=(w * hermite * square).sum(-1) / (2 * variance),
+        energy=(w * phi.slope(scale.unsqueeze(-1) * x) ** 2).sum(-1),
     )
 
 

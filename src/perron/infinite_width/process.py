@@ -22,7 +22,7 @@ __all__ = ["Prediction", "Process"]
 _NODES, _BLOCK = 64, 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The posterior of every test point and output.
 
@@ -158,7 +158,7 @@ class Process:
         c = cross.double()
         explained = torch.linalg.solve_triangular(self.factor, c.t(), upper=False).square().sum(0)
         left = (diagonal.double() + self.noise - explained).clamp_min(self.noise * 1e-12)
-        return Prediction(c @ self.weights, (left[:, None] * self.scales).sqrt(), self.freedom)
+        return Prediction(mean=c @ self.weights, scale=(left[:, None] * self.scales).sqrt(), freedom=self.freedom)
 
     def log_evidence(self) -> Tensor:
         """(outputs,) logarithm of the density of the training observations: by it noise, shape and rate are chosen."""

@@ -30,7 +30,7 @@ _BATCH = 1000
 _REPEATS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """Inputs (n, p) and labels (n,)."""
 
@@ -134,7 +134,7 @@ def _accuracy(scores: Tensor, y: Tensor) -> float:
     return float((scores.argmax(1) == y).double().mean())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spectra:
     """The conjugate kernels of infinitely wide networks on one data set, compared.
 
@@ -173,8 +173,8 @@ def spectra(X: Tensor, match: Match, *, top: int = 10) -> Spectra:
     leading = {name: vectors[:, -top:].flip(1) for name, (_, vectors) in found.items()}
     size = float(found["implicit"][0].abs().max())
     return Spectra(
-        {name: values.flip(0) for name, (values, _) in found.items()},
-        {name: float(torch.linalg.eigvalsh(k - wanted).abs().max()) / size for name, k in scaled.items()},
-        {name: (v * leading["implicit"]).sum(0).abs() for name, v in leading.items()},
-        kernels,
+        eigenvalues={name: values.flip(0) for name, (values, _) in found.items()},
+        distance={name: float(torch.linalg.eigvalsh(k - wanted).abs().max()) / size for name, k in scaled.items()},
+        overlap={name: (v * leading["implicit"]).sum(0).abs() for name, v in leading.items()},
+        kernels=kernels,
     )

@@ -24,7 +24,7 @@ class UnstableError(ValueError):
     """The infinitely wide equilibrium network has no stable fixed point; the message says by how much."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EquilibriumState:
     """z = phi(sqrt(sa) A z + sqrt(sb) B x)/sqrt(m), m -> infinity, phi = phi0 - shift.
 
@@ -110,4 +110,4 @@ def solve_state(
         new = a * gaussian_moments(phi, tau2).second + b * t0**2
         tau2 = tau2 + (new - new.detach()) / (1 - (a * moments.spread).detach())
         moments = gaussian_moments(phi, tau2)
-    return EquilibriumState(phi, a, b, t0, tau2, moments)
+    return EquilibriumState(phi=phi, sa=a, sb=b, tau0=t0, tau2=tau2, moments=moments)

@@ -88,7 +88,7 @@ class Depth(Study[DepthTrial]):
     def _splits(self) -> tuple[Split, Split]:
         """Training and test images."""
         splits = load_splits(image_data(self.data)(data_dir=self.data_dir), self.images)
-        return splits["train"], Split(splits["test"].X[: self.images], splits["test"].y[: self.images])
+        return splits["train"], Split(X=splits["test"].X[: self.images], y=splits["test"].y[: self.images])
 
     @cached_property
     def _limits(self) -> dict[str, tuple[DepthLimit, Tensor]]:

@@ -40,7 +40,7 @@ def load_splits(data: ImageData, count: int) -> dict[str, Split]:
     mean = data.splits["train"].tensors[0][:count].flatten(1).double().mean(0)
     counts = {"train": count, "validation": max(count // 10, 1), "test": None}
     parts = {name: [t[:most] for t in data.splits[name].tensors] for name, most in counts.items()}
-    return {name: Split(normalised(x, mean), y) for name, (x, y) in parts.items()}
+    return {name: Split(X=normalised(x, mean), y=y) for name, (x, y) in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

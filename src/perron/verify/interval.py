@@ -261,7 +261,7 @@ def _propagate(module: nn.Module, path: str, box: Interval) -> Interval:
     return _RULES[kind](module, path, box)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassCertificate:
     """Per sample: the predicted class, and whether every point of the enclosures gives the same one.
 
@@ -301,4 +301,4 @@ def certify_classes(model: nn.Module, x: Tensor) -> ClassCertificate:
     others = box.upper.masked_fill(own, -torch.inf).amax(1)
     margin = box.lower.gather(1, predicted[:, None])[:, 0] - others
     # NaN (no enclosure) compares false.
-    return ClassCertificate(predicted, margin > 0, margin)
+    return ClassCertificate(predicted=predicted, constant=margin > 0, margin=margin)
