@@ -130,7 +130,7 @@ def fixed_points(chain: Chain, b: Tensor) -> Tensor:
         for start in (z, candidates[1]):
             y = start
             for _ in range(25):
-                jacobian = next(d for d in chain.linearize_steps(y, b).diagonals if d is not None).unsqueeze(2) * weight
+                jacobian = chain.linearize_steps(y, b).factors[1].diagonal().unsqueeze(2) * weight
                 step, _ = torch.linalg.solve_ex(eye - jacobian, chain(y, b) - y)
                 y = y + step.clamp(-10, 10)
             candidates.append(y)

@@ -16,8 +16,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "perron"
 ORDER = [
     ("_errors",),
     ("activations", "constraints", "_files", "_numerics"),
-    ("cells.refusal", "cells.sizes"),
-    ("cells.step", "cells.reading"),
+    ("cells.refusal", "cells.sizes", "cells.map"),
+    ("cells.affine_map",),
+    ("cells.jacobian",),
+    ("cells.step",),
+    ("cells.reading",),
     ("cells",),
     ("cells.chain", "cells.opaque"),
     ("cells.trace",),

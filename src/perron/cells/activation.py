@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from perron._numerics.rounding import Rounding, compound, gamma, unit_roundoff
-from perron.activations import ACTIVATIONS, Activation, get_activation
+from perron.activations import ACTIVATIONS, Activation, activation_degree, get_activation
+from perron.cells import reading
 from perron.cells.elementwise import ElementwiseStep
 from perron.cells.refusal import Refusal
 from perron.cells.step import Side, Weightless, known
 
-__all__ = ["ACTIVATION_MODULES", "Activate", "ActivationStep", "activation_of", "is_tested"]
+__all__ = ["ACTIVATION_MODULES", "Activate", "ActivationStep", "is_tested"]
 
+_U = 2.0**-53
 # Those that project onto an interval.
 _PROJECTIONS = ("relu", "relu6", "identity")
 
@@ -88,7 +92,7 @@ class ActivationStep(Weightless, ElementwiseStep):
         sign = 1 if side == "upper" else -1
         return (self.activation.derivative(v * (1 - sign * slack)) + sign * error).clamp_min(0)
 
-    def derivative_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
+    def slope_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
         sigma = self.activation
         if sigma.derivative_of_value is None or not sigma.smooth:
             return None
@@ -99,6 +103,57 @@ class ActivationStep(Weightless, ElementwiseStep):
             return slope
         error = sigma.ulps * unit_roundoff(value.dtype) * sigma.slope_at_zero
         return (slope + error if side == "upper" else slope - error).clamp_min(0)
+
+    def slopes(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return self.activation.steepest(lower, upper), self.activation.flattest(lower, upper)
+
+    def own_rounding(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return self.activation.own_rounding(lower, upper)
+
+    def propagate(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return self.activation.over(lower, upper)
+
+    def rounding_of_value(self, value: Tensor) -> Tensor:
+        base, shift, _ = self.activation.inner or (self.activation, 0.0, 1.0)
+        return 2 * self.activation.ulps * _U * (value.abs() + (shift + 2 * base.at_zero))
+
+    def range(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        sigma = self.activation
+        if not sigma.bounded or math.isnan(sigma.infimum):
+            return None
+        lower = torch.full_like(like, sigma.infimum - 1e-12 * (1 + abs(sigma.infimum)))
+        return lower, torch.full_like(like, sigma.supremum * (1 + 1e-12))
+
+    @property
+    def largest_slope(self) -> float:
+        line = torch.full((1,), math.inf, dtype=torch.float64)
+        return float(self.activation.steepest(-line, line))
+
+    @property
+    def nonexpansive(self) -> bool:
+        return self.activation.nonexpansive
+
+    def check_concave(self) -> None:
+        """Every activation is: its facts."""
+
+    def positive(self, before: bool, injected: bool) -> bool:
+        return before or self.activation.at_zero > 0
+
+    @property
+    def least(self) -> float:
+        return self.activation.at_zero
+
+    @property
+    def asymptotic_slope(self) -> float:
+        return self.activation.asymptotic_slope
+
+    def degree(self, least: float) -> tuple[float, float]:
+        # Never more than 1, as sigma is concave with sigma(0) >= 0.
+        return min(activation_degree(self.activation), 1.0), self.activation.at_zero
+
+    @property
+    def name(self) -> str:
+        return self.activation.name
 
     @property
     def is_affine(self) -> bool:
@@ -131,17 +186,17 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
 }
 
 
-def activation_of(module: nn.Module, kind: type[nn.Module], path: str) -> Activation | None:
-    """The activation that a module of that class applies to every entry; None where it is another module.
-
+@reading.reads(Activate, *ACTIVATION_MODULES)
+def activation_step(module: nn.Module, path: str) -> ActivationStep:
+    """
     Raises:
         Refusal: it is not one of `perron.activations`.
     """
-    if kind is Activate:
-        assert isinstance(module, Activate)
+    if isinstance(module, Activate):
         if not is_tested(module.activation):
             raise Refusal(f"the facts of activation {module.activation.name!r} are not among the tested ones")
-        return module.activation
-    if kind is nn.ReLU6 and (module.min_val, module.max_val) != (0, 6):
+        return ActivationStep(activation=module.activation)
+    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         raise Refusal(f"{path} is a ReLU6 from {module.min_val} to {module.max_val}; use limits of 0 and 6")
-    return ACTIVATIONS[ACTIVATION_MODULES[kind]] if kind in ACTIVATION_MODULES else None
+    kind = parametrize.type_before_parametrizations(module)
+    return ActivationStep(activation=ACTIVATIONS[ACTIVATION_MODULES[kind]])

@@ -12,24 +12,21 @@ order it is summed, and nonnegative concave activations do not amplify relative 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perron._numerics.rounding import Rounding
 from perron.activations import Activation
-from perron.cells.jacobian import AutomaticLinearization
+from perron.cells.affine_map import AffineMap
+from perron.cells.jacobian import AutomaticLinearization, Diagonal, Factor, Jacobian, Product
+from perron.cells.map import Linearization
 from perron.cells.refusal import Refusal
 from perron.cells.sizes import Sizes
-from perron.cells.step import AffineStep, Linearization, Side, Step, is_known
+from perron.cells.step import Side, Step, is_known
 
-__all__ = ["Chain", "ChainLinearization", "Step", "unknown_step"]
-
-
-def unknown_step(step: object) -> Refusal:
-    """What ends every ladder over the classes of steps."""
-    return Refusal(f"nothing is known of steps of class {type(step).__name__}")
+__all__ = ["Chain"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,8 @@ class Chain:
         return z
 
     @property
-    def affine(self) -> tuple[AffineStep, ...]:
+    def affine(self) -> tuple[AffineMap, ...]:
+        """All the matrices that it multiplies with, the first one first."""
         return tuple(a for s in self.steps for a in s.affine)
 
     @property
@@ -64,7 +62,7 @@ class Chain:
             return self.steps
         for step in self.steps:
             if not is_known(step):
-                raise unknown_step(step)
+                raise Refusal(f"nothing is known of steps of class {type(step).__name__}")
             step.check()
         return self.steps
 
@@ -149,7 +147,7 @@ class Chain:
     def single(self) -> bool:
         """f = sigma(A z + ...): one elementwise step, at the end, so that J = diag(sigma') A."""
         *before, last = self.known
-        return bool(before) and last.elementwise and not any(s.elementwise or s.normalizes for s in before)
+        return bool(before) and last.elementwise and all(s.affine or s.injects for s in before)
 
     def linear(self, v: Tensor) -> Tensor:
         """A v, all affine steps without bias, injection and activation."""
@@ -160,6 +158,17 @@ class Chain:
     def preactivation(self, z: Tensor, injection: Tensor) -> Tensor:
         """What the last activation of a `single` chain is given."""
         return Chain(self.steps[:-1])(z, injection)
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """A on states of one sample, flattened, (entries, entries); those of all samples are shaped like `like`."""
+        size = like[:1].numel()
+        unit = torch.eye(size, dtype=like.dtype, device=like.device)
+        return self.linear(unit.view(size, *like.shape[1:])).flatten(1).t()
+
+    @property
+    def roundings(self) -> int:
+        """In a row, of a product with the Jacobian."""
+        return sum(a.terms + 4 for a in self.affine) + 4 * len(self.steps)
 
     @property
     def last_activation(self) -> Activation | None:
@@ -177,7 +186,7 @@ class Chain:
             found = step.rounded(found, dtype, entries)
         return found
 
-    def linearize_at_fixed_point(self, value: Tensor, side: Side | None = None) -> ChainLinearization | None:
+    def linearize_at_fixed_point(self, value: Tensor, side: Side | None = None) -> Jacobian | None:
         """J at a fixed point, from its value without evaluating f: where f = sigma(A z + ...) with one affine step.
 
         Its entries are accurate in comparison with sigma'(0), not each by itself. With `side` the diagonal is an upper
@@ -185,11 +194,8 @@ class Chain:
         """
         if not self.single or len(self.affine) != 1:
             return None
-        diagonal = self.steps[-1].derivative_of_value(value, side)
-        if diagonal is None:
-            return None
-        rest = len(self.steps) - 1
-        return ChainLinearization(self.steps, (value.shape,) * (rest + 1), (*[None] * rest, diagonal))
+        slope = self.steps[-1].slope_of_value(value, side)
+        return None if slope is None else Jacobian((Product(self.affine[0], value.shape), Diagonal(slope)))
 
     def pullback(
         self, z: Tensor, injection: Tensor, g: Tensor, needed: Sequence[bool] | None = None
@@ -214,8 +220,8 @@ class Chain:
             wanted = needed[1 + len(self.tensors) - len(of_tensors) - len(step.tensors) :][: len(step.tensors)]
             found = step.gradients(inputs[k], g) if any(wanted) else [None] * len(wanted)
             of_tensors = [*(t if n else None for t, n in zip(found, wanted, strict=True)), *of_tensors]
-            if k > first:
-                g = _transposed(step, g, inputs[k])
+            for factor in reversed(step.factors(inputs[k]) if k > first else ()):
+                g = factor.rmatvec(g)
         return (of_injection, *of_tensors)
 
     def linearize(self, z: Tensor, injection: Tensor) -> Linearization:
@@ -224,77 +230,19 @@ class Chain:
             return AutomaticLinearization.of(self, z, injection)
         return self.linearize_steps(z, injection)
 
-    def linearize_steps(self, z: Tensor, injection: Tensor, side: Side | None = None) -> ChainLinearization:
+    def linearize_steps(self, z: Tensor, injection: Tensor, side: Side | None = None) -> Jacobian:
         """J at z. With `side` the diagonal factors are rigorous upper or lower bounds, rounding included.
 
         For positive concave chains at z >= 0; without `side` for all that do not normalise.
+
+        Raises:
+            Refusal: a step is not known, or divides by a norm.
         """
-        dtype = z.dtype
         # Of the argument here and of the one at the point that is compared with.
-        slack = 0.0 if side is None else 2 * self.rounding(dtype).relative
-        shapes: list[torch.Size] = []
-        diagonals: list[Tensor | None] = []
+        slack = 0.0 if side is None else 2 * self.rounding(z.dtype).relative
+        factors: list[Factor] = []
         v = z
         for step in self.known:
-            shapes.append(v.shape)
-            diagonal = None
-            if step.elementwise:
-                diagonal = step.derivative(v) if side is None else step.bounded_derivative(v, side, slack)
-            diagonals.append(diagonal)
+            factors += step.factors(v, side, slack)
             v = step(v, injection)
-        return ChainLinearization(self.steps, tuple(shapes), tuple(diagonals))
-
-
-def _transposed(step: Step, g: Tensor, v: Tensor) -> Tensor:
-    """J^T g of one step at v."""
-    for matrix in step.affine:
-        return matrix.transpose(g, v.shape)
-    return g * step.derivative(v) if step.elementwise else g
-
-
-@dataclass(frozen=True)
-class ChainLinearization:
-    """J = D_L A_L ... D_1 A_1 of a chain at a point.
-
-    Raises:
-        Refusal: a step is not known.
-    """
-
-    steps: tuple[Step, ...]
-    shapes: tuple[torch.Size, ...]
-    diagonals: tuple[Tensor | None, ...]
-
-    def __post_init__(self) -> None:
-        for step, diagonal in zip(Chain(self.steps).known, self.diagonals, strict=True):
-            # What is neither a matrix nor a diagonal would count as the identity, which only an injection is.
-            if step.normalizes or (step.elementwise and diagonal is None):
-                raise Refusal(f"the Jacobian of a {type(step).__name__} is not given")
-
-    def select(self, index: Tensor) -> ChainLinearization:
-        """J of these samples only."""
-        diagonals = tuple(None if d is None else d[index] for d in self.diagonals)
-        return replace(self, steps=tuple(s.select(index) for s in self.steps), diagonals=diagonals)
-
-    @property
-    def slope(self) -> Tensor:
-        """The diagonal of the activation at the end."""
-        assert self.diagonals[-1] is not None
-        return self.diagonals[-1]
-
-    def matvec(self, w: Tensor) -> Tensor:
-        for step, diagonal in zip(self.steps, self.diagonals, strict=True):
-            for matrix in step.affine:
-                w = matrix.linear(w)
-            if diagonal is not None:
-                w = diagonal * w
-        return w
-
-    def rmatvec(self, g: Tensor) -> Tensor:
-        for step, shape, diagonal in zip(
-            reversed(self.steps), reversed(self.shapes), reversed(self.diagonals), strict=True
-        ):
-            for matrix in step.affine:
-                g = matrix.transpose(g, shape)
-            if diagonal is not None:
-                g = diagonal * g
-        return g
+        return Jacobian(tuple(factors))

@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import largest
 from perron.cells.convolution import ConvolutionStep
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["MonotoneConvolution2d", "MonotoneConvolutionStep", "monotone_convolution_step", "transposed_kernel", "wrap"]
+__all__ = ["MonotoneConvolution2d", "MonotoneConvolutionStep", "transposed_kernel", "wrap"]
 
 
 def transposed_kernel(kernel: Tensor) -> Tensor:
@@ -132,14 +137,14 @@ class MonotoneConvolutionStep(AffineStep):
         )
         return step.apply(wrap(v, kernel), None)
 
-    def magnitude(self) -> AffineStep:
+    def magnitude(self) -> Self:
         return replace(self, weights=tuple(w.abs() for w in self.weights), absolute=True)
 
     @property
     def signs(self) -> None:
         return None
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         return False
 
     def underflow(self, dtype: torch.dtype) -> Tensor | float:
@@ -190,7 +195,7 @@ class MonotoneConvolutionStep(AffineStep):
         image.index_add_(2, (row[:, None] * columns + column).flatten(), kernel.flatten(2))
         return torch.fft.rfft2(image.view(*kernel.shape[:2], rows, columns)).permute(2, 3, 0, 1)
 
-    def rigorous(self) -> AffineStep | None:
+    def rigorous(self) -> Self | None:
         if super().rigorous() is None:
             return None
         if self.weights[0].device.type == "cpu":
@@ -198,8 +203,8 @@ class MonotoneConvolutionStep(AffineStep):
         return self if self.weights[0].dtype == torch.float64 else None
 
 
-def monotone_convolution_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, MonotoneConvolution2d)
+@reading.reads(MonotoneConvolution2d)
+def monotone_convolution_step(module: MonotoneConvolution2d, path: str) -> AffineStep:
     b = module.b
     square = b.dim() == 4 and b.shape[0] == b.shape[1] and b.layout == torch.strided
     working = torch.float64 if module.a.dtype == torch.float64 else torch.float32

@@ -12,11 +12,16 @@ import torch.nn.functional as F
 import torch.nn.grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import Self
 
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap, largest
 from perron.cells.dense import DenseStep
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["ConvolutionStep", "convolution_step", "sides"]
+__all__ = ["ConvolutionStep", "sides"]
 
 # Bytes of unfolded input that an unfolded convolution works on at a time: about a core's second-level cache.
 _PATCH_BYTES = 2**20
@@ -133,7 +138,7 @@ class ConvolutionStep(AffineStep):
         of_weight = gradient(v, self.weights[0].shape, y, self.stride, self.padding, self.dilation, self.groups)
         return (of_weight, *self._bias_gradient(y))
 
-    def rigorous(self) -> AffineStep | None:
+    def rigorous(self) -> Self | None:
         if super().rigorous() is None:
             return None
         weight = self.weights[0]
@@ -148,12 +153,12 @@ class ConvolutionStep(AffineStep):
         plain = set(self.stride) == {1} and set(self.dilation) == {1} and self.groups == 1
         return self.weights[0] if same and plain else None
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         if self.groups != 1 or set(self.stride) != {1}:
             raise Refusal("the spectral radius of a grouped or strided convolution is not bounded here")
         return (DenseStep(weights=(self.exact().weights[0].flatten(2).sum(2),)),)
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         # The tap at `padding` meets an input pixel at every output pixel, the border included.
         if isinstance(self.padding, str) or set(self.stride) != {1} or set(self.dilation) != {1}:
             return False
@@ -164,8 +169,8 @@ class ConvolutionStep(AffineStep):
         return bool((tap.amax(1) > 0).all()) if tap.numel() else False
 
 
-def convolution_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+@reading.reads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution_step(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> AffineStep:
     if module.padding_mode != "zeros":
         raise Refusal(f"padding_mode={module.padding_mode!r} is not verified; use 'zeros'")
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[parametrize.type_before_parametrizations(module)]  # type: ignore[index]

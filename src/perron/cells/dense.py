@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perron._numerics.rounding import gamma
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap, largest
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["DenseStep", "linear_step"]
+__all__ = ["DenseStep"]
 
 
 @known
@@ -97,13 +101,13 @@ class DenseStep(AffineStep):
     def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
         return () if self.bias is None else (y.flatten(0, -2).sum(0),)
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         return (replace(self.exact(), bias=None),)
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         return bool((self.weight.amax(1) > 0).all()) if self.weight.numel() else False
 
 
-def linear_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.Linear)
+@reading.reads(nn.Linear)
+def linear_step(module: nn.Linear, path: str) -> AffineStep:
     return DenseStep(weights=(module.weight,), bias=module.bias)

@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap, largest
+from perron.cells.refusal import Refusal
 from perron.cells.sizes import Sizes
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells.step import known
 
 __all__ = ["MaskStep", "VariationalDropout", "does_nothing"]
 
@@ -55,17 +60,17 @@ class MaskStep(AffineStep):
         # Of every mask, not only of the one that was drawn.
         return largest(self.weights[0]).double().clamp_min(self.scale)
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         raise Refusal("the spectral radius under dropout is not bounded here")
 
     @property
     def per_sample(self) -> bool:
         return True
 
-    def select(self, index: Tensor) -> AffineStep:
+    def select(self, index: Tensor) -> Self:
         return replace(self, weights=(self.weights[0][index],))
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         return False
 
 
@@ -129,6 +134,11 @@ class VariationalDropout(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A mask belongs to a batch, not to the model.
         return {**self.__dict__, "mask": None}
+
+
+@reading.reads(VariationalDropout)
+def mask_step(module: VariationalDropout, path: str) -> MaskStep:
+    return module.step()
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

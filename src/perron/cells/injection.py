@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from perron._numerics.rounding import Rounding, compound, gamma
+from perron.cells import reading
+from perron.cells.jacobian import Factor
+from perron.cells.refusal import Refusal
 from perron.cells.sizes import Sizes
-from perron.cells.step import Weightless, known
+from perron.cells.step import Reach, Side, Weightless, known
 
 __all__ = ["INJECTION", "Inject", "InjectStep"]
 
 
+_U = 2.0**-53
 # The injection of the cell that is being evaluated.
 INJECTION: ContextVar[Tensor | None] = ContextVar("injection", default=None)
 
@@ -56,6 +60,44 @@ class InjectStep(Weightless):
     def elementwise(self) -> bool:
         return False
 
+    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+        """None: J is the identity."""
+        return ()
+
+    def over(self, lower: Tensor, upper: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self(lower, injection), self(upper, injection)
+        return low - 2 * _U * low.abs(), high + 2 * _U * high.abs()
+
+    def reach(self, lower: Tensor, upper: Tensor, error: Tensor, injection: Tensor) -> Reach:
+        low, high = self.over(lower, upper, injection)
+        error = error + 2 * _U * torch.maximum(low.abs(), high.abs())
+        return Reach(lower=low, upper=high, error=error, steep=(), flat=())
+
+    @property
+    def largest_slope(self) -> float:
+        return 1.0
+
+    def check_concave(self) -> None:
+        """v + b is, for b >= 0."""
+
+    def positive(self, before: bool, injected: bool) -> bool:
+        return before or injected
+
+    @property
+    def least(self) -> float:
+        return 0.0
+
+    @property
+    def asymptotic_slope(self) -> float:
+        return 1.0
+
+    def degree(self, least: float) -> tuple[float, float]:
+        """v <= v + b for b >= 0: degree 1."""
+        return 1.0, least
+
+    def thompson(self, apart: Tensor) -> Tensor:
+        raise Refusal("what another injection does to distances is not known")
+
     @property
     def normalizes(self) -> bool:
         return False
@@ -74,3 +116,8 @@ class InjectStep(Weightless):
 
     def signature(self) -> Hashable:
         return type(self)
+
+
+@reading.reads(Inject)
+def inject_step(module: Inject, path: str) -> InjectStep:
+    return InjectStep()

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap, largest
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["DiagonalLowRank", "DiagonalLowRankStep", "diagonal_low_rank_step"]
+__all__ = ["DiagonalLowRank", "DiagonalLowRankStep"]
 
 
 class DiagonalLowRank(nn.Module):
@@ -108,14 +112,14 @@ class DiagonalLowRankStep(AffineStep):
         diagonal, left, right = self.weights
         return largest(diagonal + left @ right.sum(0)) + self.underflow(torch.float64)
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         return (replace(self.exact(), bias=None),)
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         diagonal, left, right = self.exact().weights
         return bool(((diagonal > 0) | (left @ right.sum(0) > 0)).all())
 
 
-def diagonal_low_rank_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, DiagonalLowRank)
+@reading.reads(DiagonalLowRank)
+def diagonal_low_rank_step(module: DiagonalLowRank, path: str) -> AffineStep:
     return DiagonalLowRankStep(weights=(module.diagonal, module.left, module.right), bias=module.bias)

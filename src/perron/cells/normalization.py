@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from perron._numerics.rounding import Rounding, compound, gamma
-from perron.cells.step import Weightless, known
+from perron.cells import reading
+from perron.cells.jacobian import Factor
+from perron.cells.refusal import Refusal
+from perron.cells.step import Reach, Side, Weightless, known
 
 __all__ = ["LEAST_NORMALIZED", "Normalize", "NormalizeStep"]
 
@@ -84,6 +87,47 @@ class NormalizeStep(Weightless):
     def elementwise(self) -> bool:
         return False
 
+    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+        raise Refusal(f"the Jacobian of a {type(self).__name__} is no diagonal and no matrix")
+
+    def over(self, lower: Tensor, upper: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:
+        raise Refusal("division by a norm is not nondecreasing: no box is known")
+
+    def reach(self, lower: Tensor, upper: Tensor, error: Tensor, injection: Tensor) -> Reach:
+        raise Refusal("division by a norm is not nondecreasing: no box is known")
+
+    @property
+    def largest_slope(self) -> float:
+        return math.inf
+
+    def check_concave(self) -> None:
+        raise Refusal("division by a norm is not nondecreasing")
+
+    def positive(self, before: bool, injected: bool) -> bool:
+        raise Refusal("division by a norm is not nondecreasing")
+
+    @property
+    def least(self) -> float:
+        return 0.0
+
+    @property
+    def asymptotic_slope(self) -> float:
+        raise Refusal("division by a norm is not nondecreasing")
+
+    def degree(self, least: float) -> tuple[float, float]:
+        """2: with g = log v the logarithm of v/|v|_p moves by dg_i - sum_j s_j dg_j with s_j = v_j^p/sum v^p, at most 2 max |dg|,
+        attained in the limit.
+        """
+        if least < LEAST_NORMALIZED:
+            raise Refusal("what is divided by its norm must have a positive lower bound; use a shift, as in 'tanh+1.2'")
+        if not self.p >= 1 or not (self.dim is None or self.dim >= 1):
+            raise Refusal(f"no norm of a sample is known with p = {self.p} over dimension {self.dim}")
+        return 2.0, 0.0
+
+    def thompson(self, apart: Tensor) -> Tensor:
+        """d(x/|x|, y/|y|) <= d(x, y) + |log(|x|/|y|)|, which is at most twice the first."""
+        return apart * 2
+
     @property
     def normalizes(self) -> bool:
         return True
@@ -99,3 +143,8 @@ class NormalizeStep(Weightless):
     @property
     def is_affine(self) -> bool:
         return False
+
+
+@reading.reads(Normalize)
+def normalize_step(module: Normalize, path: str) -> NormalizeStep:
+    return NormalizeStep(p=module.p, dim=module.dim)

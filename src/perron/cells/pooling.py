@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap
 from perron.cells.convolution import sides
-from perron.cells.step import AffineStep, Refusal, known
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["PoolStep", "average_pool_step"]
+__all__ = ["PoolStep"]
 
 
 @known
@@ -52,17 +56,17 @@ class PoolStep(AffineStep):
     def largest_row(self) -> Tensor:
         return torch.ones((), dtype=torch.float64)
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         # The identity on constants, or less at a border that counts.
         return ()
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         # torch lets no window lie in the padding alone.
         return True
 
 
-def average_pool_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
+@reading.reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def average_pool_step(module: nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d, path: str) -> AffineStep:
     if getattr(module, "divisor_override", None) is not None:
         raise Refusal("average pooling with divisor_override is not verified")
     dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(module)]

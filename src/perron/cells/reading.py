@@ -7,7 +7,7 @@ parametrisations. Everything that proves reads modules here, and whatever is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -17,11 +17,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from perron._numerics.compilers import constant
-from perron.cells.step import Refusal
+from perron.cells.refusal import Refusal
+from perron.cells.step import Step, check_arithmetic
 
 __all__ = [
     "CONTAINERS",
     "LAYERS",
+    "READERS",
     "children",
     "container",
     "kind",
@@ -29,11 +31,14 @@ __all__ = [
     "name_of",
     "path_of",
     "read_twice",
+    "reads",
+    "step",
     "unknown",
     "without_autocast",
 ]
 
 Class = TypeVar("Class", bound=type[nn.Module])
+Reader = TypeVar("Reader", bound=Callable[..., Step])
 
 CONTAINERS: set[type[nn.Module]] = {nn.Sequential}
 """Classes that run their children one after another."""
@@ -41,10 +46,35 @@ CONTAINERS: set[type[nn.Module]] = {nn.Sequential}
 LAYERS: set[type[nn.Module]] = set()
 """Classes of equilibrium layers: what their certificates say is derived from their cells."""
 
+READERS: dict[type[nn.Module], Callable[[Any, str], Step]] = {}
+"""What makes a step of a module of that class, given with its path."""
+
 _GLOBAL_HOOKS = [
     getattr(nn.modules.module, f"_global_{name}")
     for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ]
+
+
+def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
+    """Declares the function that makes a step of modules of these classes. A decorator."""
+
+    def declare(reader: Reader) -> Reader:
+        READERS.update(dict.fromkeys(classes, reader))
+        return reader
+
+    return declare
+
+
+def step(module: nn.Module, path: str) -> Step:
+    """The step that a module of a class in `READERS` computes; its tensors stay attached.
+
+    Raises:
+        Refusal: what it computes is not known.
+    """
+    found = READERS[parametrize.type_before_parametrizations(module)](module, path)
+    if not torch.compiler.is_compiling():
+        check_arithmetic(found.tensors)
+    return found
 
 
 def container(cls: Class) -> Class:

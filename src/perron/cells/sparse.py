@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from perron._numerics.transforms import VmapInfo, fold_vmap, refuse_nested_forward_mode
-from perron.cells.step import AffineStep, Refusal, known, largest
+from perron.cells import reading
+from perron.cells.affine import AffineStep
+from perron.cells.affine_map import AffineMap, largest
+from perron.cells.refusal import Refusal
+from perron.cells.step import known
 
-__all__ = ["SparseLinear", "SparsePattern", "SparseStep", "sparse_product", "sparse_step"]
+__all__ = ["SparseLinear", "SparsePattern", "SparseStep", "sparse_product"]
 
 
 with warnings.catch_warnings():
@@ -352,13 +356,13 @@ class SparseStep(AffineStep):
     def _rows(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.pattern.shape[0]).index_add_(0, self.pattern.row_of_entry(), values)
 
-    def channels(self) -> tuple[AffineStep, ...]:
+    def channels(self) -> tuple[AffineMap, ...]:
         return (replace(self.exact(), bias=None),)
 
-    def positive(self) -> bool:
+    def keeps_positive(self) -> bool:
         return bool((self._rows((self.weights[0] > 0).double()) > 0).all())
 
 
-def sparse_step(module: nn.Module) -> AffineStep:
-    assert isinstance(module, SparseLinear)
+@reading.reads(SparseLinear)
+def sparse_step(module: SparseLinear, path: str) -> AffineStep:
     return SparseStep(weights=(module.weight,), bias=module.bias, pattern=module.pattern)

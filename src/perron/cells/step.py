@@ -1,4 +1,4 @@
-"""One step of a cell: all that anything else asks of a step, and affine steps v -> A v + c.
+"""One step of a cell: all that anything else asks of it.
 
 A step speaks for itself: nobody asks of what class it is. What it cannot answer it refuses.
 """
@@ -8,24 +8,23 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perron._numerics.compilers import constant
-from perron._numerics.rounding import Rounding, compound, flushes_subnormals, gamma
+from perron._numerics.rounding import Rounding, flushes_subnormals
 from perron.activations import Activation
+from perron.cells.affine_map import AffineMap
+from perron.cells.jacobian import Factor
 from perron.cells.refusal import Refusal
 from perron.cells.sizes import Sizes
 
 __all__ = [
-    "AffineStep",
-    "Linearization",
-    "Map",
-    "Refusal",
+    "Reach",
     "Side",
     "Step",
     "Weightless",
@@ -35,7 +34,6 @@ __all__ = [
     "full_float32",
     "is_known",
     "known",
-    "largest",
 ]
 
 
@@ -87,6 +85,23 @@ def check_arithmetic(tensors: Sequence[Tensor]) -> None:
 Side = Literal["upper", "lower"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What a step makes of a box, entrywise, float64.
+
+    Attributes:
+        lower, upper: bounds of s.
+        error: of the rounding of s on the box, absolute.
+        steep, flat: factors with the largest and the smallest slopes in the box, and with |A|: they bound |J|.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    error: Tensor
+    steep: tuple[Factor, ...]
+    flat: tuple[Factor, ...]
+
+
 class Step(ABC):
     """One step of a cell, v -> s(v; b), on (batch, ...) tensors.
 
@@ -95,9 +110,11 @@ class Step(ABC):
     * what was read: `check`, `dtypes`, and that its class is `known`;
     * shapes: `track`;
     * arithmetic: `rigorous`, `rounded`;
-    * the Jacobian in v: `affine` (the matrices it multiplies with) or `elementwise` (a diagonal), `normalizes` (neither);
-    * its place in the cell: `injects`, `keeps_zero`, `is_affine`;
-    * what solvers use: `scalar`, `supremum`, `projects`, `signature`.
+    * the Jacobian in v: `factors`, `affine` (matrices), `elementwise` (a diagonal), `normalizes` (neither), `slope_of_value`;
+    * boxes, of any sign: `over`, `reach`, `range`, `largest_slope`, `nonexpansive`, `rounding_of_value`;
+    * the orthant: `check_concave`, `positive`, `least`, `supremum`, `asymptotic_slope`, `degree`, `thompson`;
+    * its place in the cell: `name`, `injects`, `keeps_zero`, `is_affine`;
+    * what solvers use: `scalar`, `projects`, `signature`.
 
     Every class of steps is declared `known`, and is one of the module that computes it, in the same file.
     """
@@ -175,44 +192,133 @@ class Step(ABC):
 
     @property
     @abstractmethod
-    def affine(self) -> tuple[AffineStep, ...]:
+    def affine(self) -> tuple[AffineMap, ...]:
         """The affine maps that it consists of; none for other steps."""
 
     @property
     @abstractmethod
     def elementwise(self) -> bool:
-        """Whether it applies a scalar function to every entry, so that J is a diagonal; adding b does not count."""
+        """Whether it applies a nondecreasing function to every entry, so that J is a diagonal; adding b does not count."""
 
     @property
     @abstractmethod
     def normalizes(self) -> bool:
         """Whether it divides by a norm: then J is neither a matrix nor a diagonal."""
 
-    def derivative(self, v: Tensor) -> Tensor:
-        """The diagonal of J at v, of an elementwise step; differentiable.
-
-        Raises:
-            Refusal: it is none.
-        """
-        raise Refusal(f"a {type(self).__name__} has no slopes")
-
-    def bounded_derivative(self, v: Tensor, side: Side, slack: float) -> Tensor:
-        """A rigorous bound on the slopes at every v' >= v (`side` "upper") or v' <= v ("lower"), for v, v' >= 0.
+    @abstractmethod
+    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+        """J at v, the first factor first; none where that is the identity. Differentiable.
 
         Args:
-            v: computed.
-            slack: what rounding may amount to in v and in v', relative to v.
+            v: the argument.
+            side: for a step that `check_concave` lets pass, at v >= 0: "upper" or "lower" for rigorous bounds of J at every
+                v' >= v or v' <= v, v' >= 0.
+            slack: with `side`, what rounding may amount to in v and v' together, relative to them.
 
         Raises:
-            Refusal: it is no elementwise step.
+            Refusal: J has no factors.
         """
-        raise Refusal(f"a {type(self).__name__} has no slopes")
 
-    def derivative_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
-        """The slopes where s(v) has that value, or with `side` bounds as above; None where values do not tell."""
+    def slope_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
+        """The diagonal of J where s(v) has that value, v >= 0, or with `side` bounds as above; None where values do not tell."""
         return None
 
+    # --------------------------------------------------------------------------------------------- boxes, of any sign
+
+    @abstractmethod
+    def over(self, lower: Tensor, upper: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of s(v) for lower <= v <= upper, its own rounding included; NaN or infinite where nothing is known. Float64.
+
+        Raises:
+            Refusal: no box is known.
+        """
+
+    def propagate(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """`over` outside of a cell, where nothing may be known of an entry: its ends are NaN then, or infinite."""
+        return self.over(lower, upper, lower)
+
+    @abstractmethod
+    def reach(self, lower: Tensor, upper: Tensor, error: Tensor, injection: Tensor) -> Reach:
+        """What is known of s and of J on a box, float64.
+
+        Args:
+            lower, upper: the box.
+            error: bound on the rounding of v, absolute and entrywise.
+            injection: b.
+
+        Raises:
+            Refusal: nothing is.
+        """
+
+    def range(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A box that holds s(v) whatever v is, shaped like `like` and in its precision; None where none is known."""
+        return None
+
+    @property
+    @abstractmethod
+    def largest_slope(self) -> float:
+        """Beside `affine`: at least |s(x) - s(y)| / |x - y| for any two numbers; inf or NaN where there is no bound."""
+
+    @property
+    def nonexpansive(self) -> bool:
+        """Whether it is known to be elementwise, nondecreasing, with slopes up to 1 on the whole line."""
+        return False
+
+    def rounding_of_value(self, value: Tensor) -> Tensor:
+        """Of s itself where it computed this value, absolute, entrywise, float64; for steps that are `nonexpansive`.
+
+        Raises:
+            Refusal: it is not known.
+        """
+        raise Refusal(f"the rounding of a {type(self).__name__} is not known by its value")
+
+    # ---------------------------------------------------------------------------------------------------- the orthant
+
+    @abstractmethod
+    def check_concave(self) -> None:
+        """Raise Refusal unless it maps the orthant into itself, nondecreasing and concave, for b >= 0."""
+
+    @abstractmethod
+    def positive(self, before: bool, injected: bool) -> bool:
+        """Whether s(v; b) > 0 for all v >= 0 (`before`: v > 0) and b >= 0 (`injected`: b > 0), after `check_concave`."""
+
+    @property
+    @abstractmethod
+    def least(self) -> float:
+        """At most s(v) for every v >= 0, if it maps the orthant into itself."""
+
+    @property
+    def supremum(self) -> float:
+        """At least s(v) for every v >= 0; inf where no bound is known."""
+        return math.inf
+
+    @property
+    @abstractmethod
+    def asymptotic_slope(self) -> float:
+        """lim s(t)/t, at least, beside `affine`: the largest over all entries."""
+
+    @abstractmethod
+    def degree(self, least: float) -> tuple[float, float]:
+        """mu with |J(v)| v <= mu s(v) for all v >= `least`, v > 0, and b >= 0; and a lower bound of s there.
+
+        Raises:
+            Refusal: none is known, or s does not map the orthant into itself.
+        """
+
+    @abstractmethod
+    def thompson(self, apart: Tensor) -> Tensor:
+        """(batch,) at least Thompson's distance of s(x) from s(y), from that of x from y; where it has a `degree`.
+
+        Raises:
+            Refusal: it is not known.
+        """
+
     # ------------------------------------------------------------------------------------------------ place in the cell
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return type(self).__name__
 
     @property
     @abstractmethod
@@ -235,11 +341,6 @@ class Step(ABC):
     def scalar(self) -> Activation | None:
         """The function that it applies to every entry, where that is one of `perron.activations`."""
         return None
-
-    @property
-    def supremum(self) -> float:
-        """At least s(v) for every v >= 0; inf where no bound is known."""
-        return math.inf
 
     @property
     def projects(self) -> bool:
@@ -296,236 +397,5 @@ class Weightless(Step):
         return self
 
     @property
-    def affine(self) -> tuple[AffineStep, ...]:
+    def affine(self) -> tuple[AffineMap, ...]:
         return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AffineStep(Step):
-    """v -> A v + c on (batch, ...) tensors; A is given by `weights` (none for pooling), c by `bias`."""
-
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None = None
-
-    @property
-    @abstractmethod
-    def terms(self) -> int:
-        """Products in the longest sum of A v, or of A^T g."""
-
-    @abstractmethod
-    def apply(self, v: Tensor, bias: Tensor | None) -> Tensor:
-        """A v + bias."""
-
-    @abstractmethod
-    def transpose(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """A^T g, where A acts on tensors of `shape`."""
-
-    @abstractmethod
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """What A takes and gives: "features" (the last dimension), "channels" (the second), "dimensions" with the batch.
-
-        What is not named may be anything, and stays as it is but for `growth`.
-
-        Raises:
-            Refusal: the tensors of this step do not fit each other.
-        """
-
-    def growth(self) -> tuple[int, ...]:
-        """What A adds to each side of an image, whatever its size.
-
-        Raises:
-            Refusal: that depends on the size.
-        """
-        return ()
-
-    @abstractmethod
-    def positive(self) -> bool:
-        """Whether A v > 0 for every v > 0, as far as can be told."""
-
-    @abstractmethod
-    def largest_row(self) -> Tensor:
-        """A scalar: the largest row sum of an A >= 0, with the rounding of at most `terms` + 8 operations."""
-
-    def row_sums(self) -> Tensor:
-        """A float64 scalar: at least the largest sum of |A_ij| over a row, of the very tensors, rounding included."""
-        found = self.exact().magnitude().largest_row()
-        return found * (1 + 2 * gamma(self.terms + 12, torch.float64))
-
-    def exact(self) -> AffineStep:
-        """The same step in float64, which holds every weight exactly: what bounds are computed from."""
-        return self.rebind([t.detach().double() for t in self.tensors])
-
-    def check(self) -> None:
-        check_tensors(self.tensors)
-
-    def track(self, sizes: Sizes) -> None:
-        sizes.change(self.sizes(), self.growth())
-
-    @property
-    def affine(self) -> tuple[AffineStep, ...]:
-        return (self,)
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def normalizes(self) -> bool:
-        return False
-
-    @property
-    def injects(self) -> bool:
-        return False
-
-    @property
-    def keeps_zero(self) -> bool:
-        return self.bias is None
-
-    @property
-    def is_affine(self) -> bool:
-        return True
-
-    def rounded(self, before: Rounding, dtype: torch.dtype, entries: int) -> Rounding:
-        # What is exact has lost nothing that row sums would count.
-        passed = before.absolute if before.exact else 2 * self.row_sums() * before.absolute
-        return Rounding(compound(before.relative, gamma(self.terms + 2, dtype)), passed + self.underflow(dtype))
-
-    def structure(self) -> Hashable:
-        """The `signature` of a class that has no options but its tensors."""
-        return type(self), tuple((tuple(t.shape), t.dtype) for t in self.tensors), self.bias is None
-
-    def matrix(self) -> Tensor | None:
-        """A (out, in) on the last dimension, where it is at hand as a matrix."""
-        return None
-
-    def kernel_of_same_shape(self) -> Tensor | None:
-        """The kernel (out, in, ...), where A is a convolution that keeps the shape: odd, padded by half of it with zeros."""
-        return None
-
-    def resolvent(self, state: Tensor, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
-        """r -> (2 I - A)^{-1} r, or with A^T for A, for states like this one.
-
-        Raises:
-            Refusal: no factorisation of A is known.
-        """
-        raise Refusal(f"the resolvent of a {type(self).__name__} is not known")
-
-    def check_bias(self, features: int) -> None:
-        """Raise Refusal where the bias would broadcast, or does not fit."""
-        if self.bias is not None and self.bias.shape != (features,):
-            raise Refusal(f"a bias of shape {tuple(self.bias.shape)} does not fit {features} outputs")
-
-    def underflow(self, dtype: torch.dtype) -> Tensor | float:
-        """What underflow adds at most to the error of an entry of A v + c, computed in this precision."""
-        return 2 * (self.terms + 2) * torch.finfo(dtype).tiny
-
-    def __call__(self, v: Tensor, injection: Tensor | None = None) -> Tensor:
-        return self.apply(v, self.bias)
-
-    def linear(self, v: Tensor) -> Tensor:
-        """A v."""
-        return self.apply(v, None)
-
-    def magnitude(self) -> AffineStep:
-        """|A| v + |c|, or more."""
-        return self.rebind([t.abs() for t in self.tensors])
-
-    @property
-    def signs(self) -> tuple[Tensor, ...] | None:
-        """Tensors such that A >= 0 if all of them are; None where A may have negative entries all the same."""
-        return self.weights
-
-    def margin(self) -> float:
-        """A rigorous lower bound on min v^T (I - A) v / |v|^2; -inf where none is known."""
-        return -math.inf
-
-    def norm(self) -> float:
-        """A bound on the Euclidean norm of A, as far as a step with a `margin` needs it."""
-        return math.inf
-
-    def over(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of A v + c for lower <= v <= upper, rounding included: |A| acts on the radius. For float64, rigorous sums."""
-        centre = (lower + upper) / 2
-        # Rounded up: the box must stay inside centre +/- radius.
-        radius = torch.maximum(upper - centre, centre - lower) * (1 + 1e-15)
-        magnitude = self.magnitude()
-        slack = 4 * gamma(self.terms + 8, lower.dtype) * magnitude(centre.abs() + radius)
-        spread = magnitude.linear(radius) + slack + self.underflow(lower.dtype)
-        middle = self(centre)
-        return middle - spread, middle + spread
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.weights if self.bias is None else (*self.weights, self.bias)
-
-    def rebind(self, tensors: Sequence[Tensor]) -> AffineStep:
-        count = len(self.weights)
-        return replace(self, weights=tuple(tensors[:count]), bias=None if self.bias is None else tensors[count])
-
-    def gradients(self, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        found = torch.func.vjp(lambda *w: replace(self, weights=w).linear(v), *self.weights)[1](y)
-        return (*found, *self._bias_gradient(y))
-
-    def _bias_gradient(self, y: Tensor) -> tuple[Tensor, ...]:
-        if self.bias is None:
-            return ()
-        return (y.sum([0, *range(2, y.dim())]),)
-
-    def rigorous(self) -> AffineStep | None:
-        # On other devices float32 products may be computed with shorter mantissas.
-        dtype = self.tensors[0].dtype if self.tensors else torch.float64
-        exact = dtype == torch.float64 or (
-            dtype == torch.float32 and all(t.device.type == "cpu" for t in self.tensors) and full_float32()
-        )
-        return self if exact else None
-
-    @property
-    def per_sample(self) -> bool:
-        return False
-
-    def select(self, index: Tensor) -> AffineStep:
-        return self
-
-    def channels(self) -> tuple[AffineStep, ...]:
-        """Steps on features, float64, whose product M bounds an A >= 0 on constants over space, w >= 0: A w <= M w.
-
-        Each with at most `terms` + 2 roundings, those of its own weights included.
-
-        Raises:
-            Refusal: no such bound is known.
-        """
-        raise Refusal(f"the spectral radius of a {type(self).__name__} is not bounded here")
-
-
-def largest(sums: Tensor) -> Tensor:
-    return sums.detach().max() if sums.numel() else sums.detach().new_zeros(())
-
-
-class Linearization(Protocol):
-    """The Jacobian J of a cell at a point, as an operator on (batch, ...) tensors."""
-
-    def matvec(self, w: Tensor) -> Tensor:
-        """J w."""
-
-    def rmatvec(self, g: Tensor) -> Tensor:
-        """J^T g."""
-
-
-class Map(Protocol):
-    """f(z; b), a function of the tensors it was read with."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]: ...
-
-    def rebind(self, tensors: Sequence[Tensor]) -> Map: ...
-
-    def with_kept(self, z: Tensor, injection: Tensor) -> Map:
-        """The same map, whose `tensors` are all that f needs a gradient for.
-
-        Raises:
-            ValueError: f depends on another tensor that requires a gradient, which would be lost.
-        """
-
-    def __call__(self, z: Tensor, injection: Tensor) -> Tensor: ...
-
-    def linearize(self, z: Tensor, injection: Tensor) -> Linearization: ...

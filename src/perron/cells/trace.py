@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from perron.activations import ACTIVATIONS
 from perron.cells import reading
-from perron.cells.activation import ActivationStep, activation_of
-from perron.cells.chain import Chain, Step
-from perron.cells.circular import (
-    MonotoneConvolution2d,
-    monotone_convolution_step,
-)
-from perron.cells.convolution import convolution_step
-from perron.cells.dense import linear_step
-from perron.cells.dropout import VariationalDropout, does_nothing
-from perron.cells.injection import Inject, InjectStep
-from perron.cells.low_rank import DiagonalLowRank, diagonal_low_rank_step
-from perron.cells.normalization import Normalize, NormalizeStep
+from perron.cells.activation import ActivationStep
+from perron.cells.affine_map import AffineMap
+from perron.cells.chain import Chain
+from perron.cells.dropout import does_nothing
 from perron.cells.opaque import Opaque
-from perron.cells.pooling import average_pool_step
-from perron.cells.sparse import SparseLinear, sparse_step
-from perron.cells.step import AffineStep, Refusal, check_arithmetic
+from perron.cells.refusal import Refusal
+from perron.cells.step import Step
 
-__all__ = ["AFFINE_MODULES", "affine_step", "as_map", "trace"]
-
-
-AFFINE_MODULES: dict[type[nn.Module], Callable[[nn.Module], AffineStep]] = {
-    nn.Linear: linear_step,
-    SparseLinear: sparse_step,
-    DiagonalLowRank: diagonal_low_rank_step,
-    MonotoneConvolution2d: monotone_convolution_step,
-    nn.Conv1d: convolution_step,
-    nn.Conv2d: convolution_step,
-    nn.Conv3d: convolution_step,
-    nn.AvgPool1d: average_pool_step,
-    nn.AvgPool2d: average_pool_step,
-    nn.AvgPool3d: average_pool_step,
-}
+__all__ = ["affine_step", "as_map", "trace"]
 
 
-def affine_step(module: nn.Module) -> AffineStep:
+def affine_step(module: nn.Module) -> AffineMap:
     """A Linear, SparseLinear, DiagonalLowRank, convolution or AvgPool module as a step; its tensors stay attached.
 
     Raises:
         Refusal: what it computes is not known.
     """
-    step = AFFINE_MODULES[parametrize.type_before_parametrizations(module)](module)
-    if not torch.compiler.is_compiling():
-        check_arithmetic(step.tensors)
-    return step
+    (found,) = reading.step(module, reading.name_of(module)).affine
+    return found
 
 
 def _steps(module: nn.Module, path: str) -> list[Step]:
@@ -62,18 +33,8 @@ def _steps(module: nn.Module, path: str) -> list[Step]:
         return [s for where, child in reading.children(module, path) for s in _steps(child, where)]
     if does_nothing(module, kind, path):
         return []
-    if kind is Inject:
-        return [InjectStep()]
-    if kind is Normalize:
-        assert isinstance(module, Normalize)
-        return [NormalizeStep(p=module.p, dim=module.dim)]
-    if kind is VariationalDropout:
-        assert isinstance(module, VariationalDropout)
-        return [module.step()]
-    if (activation := activation_of(module, kind, path)) is not None:
-        return [ActivationStep(activation=activation)]
-    if kind in AFFINE_MODULES:
-        return [affine_step(module)]
+    if kind in reading.READERS:
+        return [reading.step(module, path)]
     raise reading.unknown(kind, path, "nonnegative, nondecreasing and concave")
 
 

@@ -25,8 +25,8 @@ from perron.cells.activation import ActivationStep
 from perron.cells.chain import Chain
 from perron.cells.injection import Inject, InjectStep
 from perron.cells.normalization import NormalizeStep
+from perron.cells.refusal import Refusal
 from perron.cells.sparse import SparsePattern, SparseStep
-from perron.cells.step import Refusal
 from perron.nn.equilibrium import SMALLEST_INJECTION, Equilibrium, Injection, check_tensor
 from perron.solvers import Solution, Solver
 from perron.theory.certificate import Certificate

@@ -14,7 +14,6 @@ from perron.cells.circular import MonotoneConvolution2d
 from perron.cells.injection import Inject
 from perron.constraints import monotone_operator
 from perron.nn.recurrent import Affine, ConvolutionalMaps, LinearMaps, Maps, Recurrent, RecurrentOptions, Unpack
-from perron.theory.monotone_operator import nonexpansive
 
 __all__ = ["MonotoneConv2d", "MonotoneLinear", "MonotoneOptions"]
 
@@ -32,7 +31,7 @@ class _Monotone(Recurrent):
         self, maps: Maps, activation: str | Activation, *, margin: float = 0.1, **options: Unpack[RecurrentOptions]
     ) -> None:
         sigma = get_activation(activation)
-        if not nonexpansive(sigma):
+        if not sigma.nonexpansive:
             raise ValueError(f"{sigma.name!r} is not known to be nondecreasing with slopes up to 1 on the whole line")
         super().__init__(
             maps,

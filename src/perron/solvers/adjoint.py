@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from perron._numerics.batch import all_finite, per_sample
-from perron.cells.chain import Chain, ChainLinearization
-from perron.cells.dense import DenseStep
+from perron.cells.chain import Chain
+from perron.cells.jacobian import Jacobian
+from perron.cells.map import Linearization, Map
 from perron.cells.opaque import OneSystem
-from perron.cells.step import AffineStep, Linearization, Map
 from perron.solution import AdjointSolution
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.base import Solver, report_failure
@@ -45,7 +45,7 @@ class _Linear:
         return (self.jacobian.rmatvec(g) if self.transposed else self.jacobian.matvec(g)) + self.v
 
     def select(self, index: Tensor) -> _Linear:
-        assert isinstance(self.jacobian, ChainLinearization)
+        assert isinstance(self.jacobian, Jacobian)
         return replace(self, jacobian=self.jacobian.select(index), v=self.v[index])
 
 
@@ -141,7 +141,7 @@ def adjoint_in_steps(
     jacobian = _linearized(map, z, injection, theory)
     problem = _Linear(jacobian, v, True)
     model, slope = None, None
-    if theory is not None and theory.rises and isinstance(map, Chain) and isinstance(jacobian, ChainLinearization):
+    if theory is not None and theory.rises and isinstance(map, Chain) and isinstance(jacobian, Jacobian):
         model = Aggregation.of(map, z)
         slope = None if model is None else jacobian.slope
     bound: GradientBound | None = None
@@ -191,30 +191,27 @@ def _iterate(
 ) -> Found:
     jacobian = problem.jacobian
     # An operator known only through automatic differentiation acts on the whole batch.
-    rule = replace(rule, compact=isinstance(jacobian, ChainLinearization))
+    rule = replace(rule, compact=isinstance(jacobian, Jacobian))
     method: Method = _Mixed(model, slope, Mixing(_WINDOW, linear=True))
     start = problem.v
-    if theory is not None and not theory.rises and isinstance(jacobian, ChainLinearization):
+    if theory is not None and not theory.rises and isinstance(jacobian, Jacobian):
         direct = _direct(problem)
         if direct is not None:
             start = direct
         elif problem.v.numel() and isinstance(map, Chain) and theory.splits_linear(map):
             # Where J may be larger than 1 its powers do not converge.
-            method = LinearSplitting(jacobian, problem.v, problem.transposed)
+            method = LinearSplitting(map, jacobian, problem.v, problem.transposed)
     return iterate(problem, method, start, rule)
 
 
 def _direct(problem: _Linear) -> Tensor | None:
     """The solution itself where J = D W is small enough to factorise for every sample, else None."""
     v, jacobian = problem.v, problem.jacobian
-    assert isinstance(jacobian, ChainLinearization)
-    affine = [s for s in jacobian.steps if isinstance(s, AffineStep)]
-    slopes = [d for d in jacobian.diagonals if d is not None]
+    assert isinstance(jacobian, Jacobian)
     # Some sigma may come before W; only the order D W is dealt with here.
-    if v.dim() != 2 or v.shape[1] > _DIRECT or len(affine) != 1 or len(slopes) != 1:
+    weight = jacobian.factors[0].matrix() if len(jacobian.factors) == 2 else None
+    if v.dim() != 2 or v.shape[1] > _DIRECT or weight is None:
         return None
-    if not isinstance(jacobian.steps[0], DenseStep):
-        return None
-    system = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - slopes[0].unsqueeze(2) * jacobian.steps[0].weight
+    system = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - jacobian.slope.unsqueeze(2) * weight
     found, _ = torch.linalg.solve_ex(system.mT if problem.transposed else system, v.unsqueeze(2))
     return torch.where(per_sample(all_finite(found.squeeze(2)), v), found.squeeze(2), v)

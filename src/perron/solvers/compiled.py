@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from perron.cells.chain import Chain
+from perron.cells.map import Map
 from perron.cells.refusal import Refusal
-from perron.cells.step import Map, full_float32
+from perron.cells.step import full_float32
 from perron.problem import FixedPointProblem
 from perron.solution import AdjointSolution, Solution
 from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint

@@ -77,8 +77,7 @@ class Newton(Accelerated):
         if model is None or linear == "krylov":
             return _Krylov(problem, model), start
         assert isinstance(problem.map, Chain)
-        unit = torch.eye(size, dtype=start.dtype, device=start.device)
-        matrix = problem.map.linear(unit.view(size, *start.shape[1:])).flatten(1).t()
+        matrix = problem.map.matrix(start)
         return (_Batched(matrix, model) if linear == "batched" else _Chord(matrix, model)), start
 
     def _start(self, problem: FixedPointProblem, origin: Origin | None, model: Aggregation | None) -> Tensor:

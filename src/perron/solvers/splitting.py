@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from perron._numerics.batch import per_sample
-from perron.cells.chain import Chain, ChainLinearization
+from perron.cells.chain import Chain
+from perron.cells.jacobian import Jacobian
 from perron.problem import FixedPointProblem
 from perron.solvers.mixing import Mixing
 from perron.theory.monotone_operator import margin
@@ -179,13 +180,14 @@ class LinearSplitting(_PeacemanRachford):
     """For g = W^T D g + v or w = D W w + v.
 
     Args:
+        chain: the cell.
         jacobian: D W at a fixed point of such a chain.
         v: (batch, ...) the right-hand side.
         transposed: whether the first equation is meant.
     """
 
-    def __init__(self, jacobian: ChainLinearization, v: Tensor, transposed: bool) -> None:
-        (step,) = Chain(jacobian.steps).affine
+    def __init__(self, chain: Chain, jacobian: Jacobian, v: Tensor, transposed: bool) -> None:
+        (step,) = chain.affine
         self.step, self.slope, self.v, self.transposed = step, jacobian.slope, v, transposed
         super().__init__(v if transposed else step.linear(v), step.resolvent(v, transposed=transposed))
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from perron._numerics.batch import per_sample
 from perron._numerics.interval import Interval
 from perron.cells.chain import Chain
-from perron.cells.step import Linearization, Map, Refusal
+from perron.cells.map import Linearization, Map
+from perron.cells.refusal import Refusal
 from perron.theory.certificate import Certificate
 
 __all__ = [

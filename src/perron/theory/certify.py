@@ -11,7 +11,8 @@ from torch import nn
 from perron.cells import reading
 from perron.cells.chain import Chain
 from perron.cells.injection import Inject
-from perron.cells.step import Refusal, check_rounding
+from perron.cells.refusal import Refusal
+from perron.cells.step import check_rounding
 from perron.cells.trace import trace
 from perron.theory.base import Near, Sign, Theory
 from perron.theory.certificate import Certificate, refused

@@ -12,7 +12,7 @@ from torch import Tensor
 from perron._numerics.batch import all_finite, per_sample
 from perron._numerics.interval import Interval
 from perron.cells.chain import Chain
-from perron.cells.step import Refusal
+from perron.cells.refusal import Refusal
 from perron.theory.base import Batch, Facts, Sign, Solve
 from perron.theory.certificate import Certificate
 from perron.theory.contraction import Contractive, InWeightedNorm, in_weighted_norm

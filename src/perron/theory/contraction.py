@@ -7,6 +7,7 @@ w = hi, less sharply.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,17 +18,15 @@ from torch import Tensor
 from perron._numerics.batch import amax, amin, per_sample
 from perron._numerics.interval import Interval, centre_and_radius, widened
 from perron._numerics.rounding import gamma, product_above
-from perron.activations import Activation
-from perron.cells.activation import ActivationStep
-from perron.cells.chain import Chain, ChainLinearization, Step, unknown_step
-from perron.cells.injection import InjectStep
-from perron.cells.normalization import NormalizeStep
-from perron.cells.step import AffineStep, Linearization, Refusal
+from perron.cells.chain import Chain
+from perron.cells.jacobian import Factor, Jacobian
+from perron.cells.map import Linearization
+from perron.cells.refusal import Refusal
 from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
 from perron.theory.certificate import Certificate, near_one
 from perron.theory.perron_vector import Majorant
 from perron.theory.posterior import Posterior, rest
-from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow, underflow_of_norm, weights_for
+from perron.theory.weighted_norm import WeightedNormBound, underflow_of_norm, weights_for
 
 __all__ = [
     "BoundedGain",
@@ -40,7 +39,6 @@ __all__ = [
     "sensitivity",
     "shift",
     "signed_bound",
-    "variation",
 ]
 
 # Rounds that shrink the invariant box, and power steps for the weights of the norm, and least weights that are tried.
@@ -95,7 +93,7 @@ def in_weighted_norm(chain: Chain, injection: Tensor) -> InWeightedNorm:
         )
     lower, upper = box
     steep, _, error = sensitivity(chain, injection, lower, upper)
-    factor, weights = _weighted(steep, upper - lower, roundings(chain))
+    factor, weights = _weighted(steep, upper - lower, chain.roundings)
     if not bool((factor < 1).all()) and (norm := norm_of_gain(chain)).factor < 1:
         # The slopes here are no larger than those that it was found with.
         serves = ~(factor < norm.factor)
@@ -112,16 +110,16 @@ def gain(chain: Chain) -> float:
     Raises:
         Refusal: a step is not known.
     """
-    if Chain(chain.known).normalizes:
-        return math.inf
-    return product_above([largest_slope(chain), *(float(step.row_sums()) for step in chain.affine)])
+    return product_above(itertools.chain([largest_slope(chain)], (float(a.row_sums()) for a in chain.affine)))
 
 
 def largest_slope(chain: Chain) -> float:
-    """The product of the largest slopes of the elementwise steps, on the whole line."""
-    line = torch.full((1,), math.inf, dtype=torch.float64)
-    slopes = [s.activation.steepest(-line, line) for s in chain.known if isinstance(s, ActivationStep)]
-    return product_above(float(slope) for slope in slopes)
+    """The product of the largest slopes of the elementwise steps, on the whole line; inf where a step divides by a norm.
+
+    Raises:
+        Refusal: a step is not known.
+    """
+    return product_above(step.largest_slope for step in chain.known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +190,15 @@ def _invariant_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | N
 
 
 def _range_box(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The range of the last bounded activation, if no sum follows it."""
-    bounded = [k for k, s in enumerate(chain.steps) if isinstance(s, ActivationStep) and s.activation.bounded]
-    if not bounded or any(isinstance(s, AffineStep) for s in chain.steps[bounded[-1] :]):
-        return None
-    activation = chain.steps[bounded[-1]].activation  # type: ignore[attr-defined]
-    if math.isnan(activation.infimum):
-        return None
-    lower = torch.full_like(injection, activation.infimum - 1e-12 * (1 + abs(activation.infimum)))
-    upper = torch.full_like(injection, activation.supremum * (1 + 1e-12))
-    return _over(chain, injection, lower, upper, bounded[-1] + 1)
+    """The range of the last bounded step, if no sum follows it."""
+    for k in range(len(chain.steps) - 1, -1, -1):
+        step = chain.steps[k]
+        if step.affine:
+            return None
+        if math.isfinite(step.supremum):
+            box = step.range(injection)
+            return None if box is None else _over(chain, injection, *box, k + 1)
+    return None
 
 
 def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -226,99 +223,32 @@ def _ball(chain: Chain, injection: Tensor) -> tuple[Tensor, Tensor] | None:
 def _over(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Bounds of what the steps from `start` on make of a box."""
     for step in chain.known[start:]:
-        lower, upper = _step_over(step, injection, lower, upper)
+        lower, upper = step.over(lower, upper, injection)
     return lower, upper
 
 
-def _step_over(step: Step, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(step, AffineStep):
-        return step.over(lower, upper)
-    if isinstance(step, InjectStep):
-        low, high = step(lower, injection), step(upper, injection)
-        return low - 2 * _U * low.abs(), high + 2 * _U * high.abs()
-    if isinstance(step, ActivationStep):
-        slack = _activation_error(step.activation, lower, upper)
-        return step(lower) - slack, step(upper) + slack
-    if isinstance(step, NormalizeStep):
-        raise Refusal("division by a norm is not nondecreasing: no box is known")
-    raise unknown_step(step)
-
-
-def _activation_error(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:
-    """Absolute rounding of the activation for arguments between these; not finite where it is not known."""
-    base, shift, power = activation.inner or (activation, 0.0, 1.0)
-    low, high = base(lower), base(upper)
-    size = torch.maximum(low.abs(), high.abs()) + 2 * base.at_zero
-    error = 2 * base.ulps * _U * size + 1e-300
-    if activation.inner is None:
-        return error
-    error = error + 2 * _U * (size + shift)
-    if power == 1:
-        return error
-    # A power is steep next to zero. NaN where base + shift may be negative.
-    least = low + shift - 2 * error
-    return power * least.pow(power - 1) * error + 128 * _U * (high + shift + 2 * error).pow(power)
-
-
-def sensitivity(
-    chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor
-) -> tuple[ChainLinearization, tuple[Tensor | None, ...], Tensor]:
+def sensitivity(chain: Chain, injection: Tensor, lower: Tensor, upper: Tensor) -> tuple[Jacobian, Jacobian, Tensor]:
     """What is known of J on a box, float64.
 
     Returns:
-        |A| and the largest slopes, as an operator that bounds |J(z)| for every z in the box; the smallest slopes, one for
-        each step; and the rounding of F on the box, absolute and entrywise: an error e of v leaves A v with at most
-        |A| e + gamma (|A| (|v| + e) + |c|), and sigma(v) with at most the largest slope times e, and with its own.
+        |A| with the largest slopes, which bounds |J(z)| for every z in the box; |A| with the smallest; and the rounding of F
+        on the box, absolute and entrywise.
 
     Raises:
         Refusal: a step is not known, or divides by a norm.
     """
-    largest: list[Tensor | None] = []
-    smallest: list[Tensor | None] = []
-    shapes: list[torch.Size] = []
+    steep: list[Factor] = []
+    flat: list[Factor] = []
     error = torch.zeros_like(lower)
     for step in chain.known:
-        shapes.append(lower.shape)
-        steep = flat = None
-        if isinstance(step, AffineStep):
-            magnitude = step.magnitude()
-            size = torch.maximum(lower.abs(), upper.abs())
-            # gamma |A| e is in the last factor.
-            error = (magnitude.linear(error) + gamma(step.terms + 4, lower.dtype) * magnitude(size)) * (1 + 1e-9)
-            error = error + step.underflow(lower.dtype)
-        elif isinstance(step, ActivationStep):
-            # Widened by the error of its argument.
-            steep = step.activation.steepest(lower - error, upper + error)
-            flat = step.activation.flattest(lower - error, upper + error)
-            error = steep * error * (1 + 1e-12) + _activation_error(step.activation, lower - error, upper + error)
-        lower, upper = _step_over(step, injection, lower, upper)
-        if isinstance(step, InjectStep):
-            error = error + 2 * _U * torch.maximum(lower.abs(), upper.abs())
-        error = error + 1e-300
-        largest.append(steep)
-        smallest.append(flat)
-    steps = tuple(s.magnitude() if isinstance(s, AffineStep) else s for s in chain.steps)
-    return ChainLinearization(steps, tuple(shapes), tuple(largest)), tuple(smallest), error
+        found = step.reach(lower, upper, error, injection)
+        lower, upper, error = found.lower, found.upper, found.error + 1e-300
+        steep += found.steep
+        flat += found.flat
+    return Jacobian(tuple(steep)), Jacobian(tuple(flat)), error
 
 
-def variation(steep: ChainLinearization, smallest: tuple[Tensor | None, ...], w: Tensor) -> Tensor:
-    """At least |J(x) - J(y)| w for x, y in the box of `sensitivity`, w >= 0, but for rounding.
-
-    With u = J_k(x) w and u' = J_k(y) w so far, |u| <= w and |u - u'| <= change, slopes d, d' in [least, most] give
-    |d u - d' u'| <= d' |u - u'| + |d - d'| |u| <= most change + (most - least) w; attained by one step of slopes most, least.
-    """
-    change = torch.zeros_like(w)
-    for step, most, least in zip(steep.steps, steep.diagonals, smallest, strict=True):
-        if isinstance(step, AffineStep):
-            w, change = step.linear(w), step.linear(change)
-        elif isinstance(step, ActivationStep) and most is not None and least is not None:
-            w, change = most * w, most * change + (most - least) * w
-        elif not isinstance(step, InjectStep):
-            raise Refusal(f"the slopes of a {type(step).__name__} are not known")
-    return change
-
-
-def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+def _weighted(steep: Jacobian, start: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """(batch,) kappa < 1 with |J| w <= kappa w, and w, where one was found; inf elsewhere.
 
     Power iteration (Collatz-Wielandt) looks for the least kappa; then w is made as flat as kappa allows, since a residual
@@ -330,7 +260,7 @@ def _weighted(steep: ChainLinearization, start: Tensor, terms: int) -> tuple[Ten
         w = steep.matvec(w) + 0.05 * w
         w = w / per_sample(amax(w).clamp_min(1e-300), w) + _FLOORS[-1]
     best, kappa = w, torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
-    cost, lost = kappa, underflow(steep, w)
+    cost, lost = kappa, steep.underflow(w)
     for floor in _FLOORS:
         trial = w.clamp_min(floor)
         top = amax(steep.matvec(trial) / trial) * (1 + 2 * gamma(terms + 4, w.dtype)) + 2 * lost / amin(trial)
@@ -354,17 +284,17 @@ class SignedGradientBound(WeightedNormBound):
         fixed: bool = False,
     ) -> None:
         self.exact, self.injection = chain.to(torch.float64), injection
-        count = roundings(chain)
+        count = chain.roundings
         self.rounding = self.exact_rounding = 4 * gamma(count, torch.float64)
         lower, upper = (t.double() for t in bounds)
-        steep, smallest, _ = sensitivity(self.exact, injection.double(), lower, upper)
+        steep, flat, _ = sensitivity(self.exact, injection.double(), lower, upper)
         self.weights, _, self.kappa = weights_for(steep, torch.ones_like(lower), self.rounding, fixed)
         if not bool(self.contracts.all()) and (norm := norm_of_gain(chain)).weights is not None:
             weights, _, kappa = weights_for(steep, norm.over(lower), self.rounding, fixed)
             self.weights = torch.where(per_sample(kappa < self.kappa, weights), weights, self.weights)
             self.kappa = torch.minimum(kappa, self.kappa)
-        self.spread = variation(steep, smallest, self.weights) * (1 + self.rounding)
-        self.underflow = underflow_of_norm(stages(steep, self.weights), count)
+        self.spread = steep.variation(flat, self.weights) * (1 + self.rounding)
+        self.underflow = underflow_of_norm(steep.stages(self.weights), count)
 
     def linearize(self, z: Tensor) -> Linearization:
         return self.exact.linearize(z, self.injection.double())

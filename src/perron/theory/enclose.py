@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perron.cells import reading
 from perron.cells.chain import Chain
-from perron.cells.step import Refusal
+from perron.cells.refusal import Refusal
 from perron.cells.trace import trace
 from perron.theory.base import Enclosure, Sign
 from perron.theory.certify import derive

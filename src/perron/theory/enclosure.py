@@ -25,8 +25,9 @@ from torch import Tensor
 
 from perron._numerics.batch import all_finite, all_true, amax, amin, per_sample
 from perron._numerics.rounding import Number, Rounding, unit_roundoff
-from perron.cells.chain import Chain, ChainLinearization
-from perron.cells.step import Linearization
+from perron.cells.chain import Chain
+from perron.cells.jacobian import Jacobian
+from perron.cells.map import Linearization
 from perron.theory.base import Enclosure
 
 __all__ = [
@@ -231,12 +232,11 @@ def _factorised(chain: Chain, jacobian: Linearization, slack: Tensor) -> Tensor 
     entries = slack[0].numel() if len(slack) else 0
     if not 0 < entries <= _FACTORISED or len(slack) * entries**2 > _FACTORISED_TOGETHER:
         return None
-    if not isinstance(jacobian, ChainLinearization) or not chain.single or chain.per_sample:
+    if not isinstance(jacobian, Jacobian) or not chain.single or chain.per_sample:
         return None
     unit = torch.eye(entries, dtype=slack.dtype, device=slack.device)
-    matrix = chain.linear(unit.view(entries, *slack.shape[1:])).flatten(1).t()
     scale = slack.flatten(1)
-    scaled = jacobian.slope.flatten(1).unsqueeze(2) * matrix * (scale.unsqueeze(1) / scale.unsqueeze(2))
+    scaled = jacobian.slope.flatten(1).unsqueeze(2) * chain.matrix(slack) * (scale.unsqueeze(1) / scale.unsqueeze(2))
     y, _ = torch.linalg.solve_ex(unit - scaled, torch.ones_like(scale))
     return (y * scale).view_as(slack)
 

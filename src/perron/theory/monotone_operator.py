@@ -22,10 +22,10 @@ from torch import Tensor
 from perron._numerics.batch import all_finite, euclidean, per_sample
 from perron._numerics.interval import Interval, centre_and_radius, widened
 from perron._numerics.rounding import Number, gamma, unit_roundoff
-from perron.activations import Activation
+from perron.cells.affine_map import AffineMap
 from perron.cells.chain import Chain
-from perron.cells.injection import InjectStep
-from perron.cells.step import AffineStep, Refusal
+from perron.cells.refusal import Refusal
+from perron.cells.step import Step
 from perron.theory.base import Batch, Facts, GradientAim, GradientBound, Near, RankOne, Sign, Solve, Theory
 from perron.theory.certificate import Certificate, near_one
 from perron.theory.contraction import sensitivity, signed_bound
@@ -46,21 +46,12 @@ def distance(image: Number, m: Number) -> Number:
     return image / m
 
 
-def nonexpansive(activation: Activation) -> bool:
-    """Whether it is known to be nondecreasing with slopes up to 1 on the whole line."""
-    if activation.inner is not None:
-        base, _, power = activation.inner
-        return power == 1 and nonexpansive(base)
-    return activation.below_zero is not None and activation.slope_at_zero <= 1
-
-
-def _parts(chain: Chain) -> tuple[AffineStep, Activation] | None:
+def _parts(chain: Chain) -> tuple[AffineMap, Step] | None:
     """W, with its bias, and sigma of a chain sigma(W z + b), or None."""
     steps = chain.known
-    if len(steps) != 3 or not isinstance(steps[0], AffineStep) or not isinstance(steps[1], InjectStep):
+    if len(steps) != 3 or not steps[0].affine or not steps[1].injects or not steps[2].nonexpansive:
         return None
-    activation = chain.last_activation
-    return (steps[0], activation) if activation is not None and nonexpansive(activation) else None
+    return chain.affine[0], steps[2]
 
 
 @torch.no_grad()
@@ -76,20 +67,18 @@ class Monotonicity:
 
     Attributes:
         step: z -> W z, with its bias, float64 with rigorous sums.
+        sigma: float64.
         norm: a bound on that of W.
         injection: (batch, ..., features) b, float64.
         margin: m > 0.
-        ulps: of sigma.
-        offset: what the rounding of sigma is relative to, beyond its value.
         underflow: what it adds at most to the error of an entry of W z.
     """
 
-    step: AffineStep
+    step: AffineMap
+    sigma: Step
     norm: float
     injection: Tensor
     margin: float
-    ulps: int
-    offset: float
     underflow: float
 
     @property
@@ -112,10 +101,10 @@ class Monotonicity:
     def enclose(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds of z* and (batch,) whether they are proven, from z and the computed sigma(W z + b), float64."""
         magnitude = self.step.magnitude()
-        sizes = magnitude(z.abs()) + self.injection.abs()
+        sizes = magnitude.affine_image(z.abs()) + self.injection.abs()
         terms = gamma(self.step.terms + 6, torch.float64)
         # Of fz: sigma passes on at most the error of its argument and adds its own.
-        error = 2 * terms * sizes + 2 * self.ulps * _U * (fz.abs() + self.offset) + self.underflow
+        error = 2 * terms * sizes + self.sigma.rounding_of_value(fz) + self.underflow
         moved = fz - z
         image = euclidean(self.step.linear(moved))
         slack = terms * euclidean(magnitude.linear(moved.abs()))
@@ -136,17 +125,14 @@ def monotonicity(chain: Chain, injection: Tensor) -> Monotonicity | None:
     found = -math.inf if parts is None else parts[0].margin()
     if parts is None or not found > 0:
         return None
-    step, activation = parts
-    base, shift, _ = activation.inner or (activation, 0.0, 1.0)
-    offset = shift + 2 * base.at_zero
+    step, sigma = parts
     underflow = float(step.underflow(torch.float64)) + _TINY
     return Monotonicity(
         step=step,
+        sigma=sigma,
         norm=step.norm(),
         injection=injection,
         margin=found,
-        ulps=activation.ulps,
-        offset=offset,
         underflow=underflow,
     )
 
@@ -170,11 +156,9 @@ class MonotoneGradientBound(GradientBound):
         assert rigorous is not None
         self.exact, self.injection = rigorous, injection.double()
         lower, upper = (t.double() for t in bounds)
-        steep, smallest, _ = sensitivity(rigorous, self.injection, lower, upper)
-        assert smallest[-1] is not None
-        self.steepest, self.flattest = steep.slope, smallest[-1]
-        step = rigorous.steps[0]
-        assert isinstance(step, AffineStep)
+        steep, flat, _ = sensitivity(rigorous, self.injection, lower, upper)
+        self.steepest, self.flattest = steep.slope, flat.slope
+        (step,) = rigorous.affine
         self.step, self.norm = step, step.norm()
         self.underflow = lower[:1].numel() * step.underflow(torch.float64) + 1e-290
         self.amplification = amplification(self.norm, least) * (1 + 1e-12)

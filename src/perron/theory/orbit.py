@@ -68,9 +68,8 @@ class Orbit(Facts):
         # Farther points bound better what only long paths through W reach. In fixed steps there is one attempt only.
         count = 2 if batch.fixed is None else min(3, max(2, batch.fixed - 6))
         rounding = exact.rounding(dtype)
-        activation = exact.last_activation if exact.single else None
-        base = (exact if activation is None else Chain(exact.steps[:-1])).at_zero(injection)
-        at_zero = base if activation is None else activation(base)
+        base = (Chain(exact.steps[:-1]) if exact.single else exact).at_zero(injection)
+        at_zero = exact.steps[-1](base, injection) if exact.single else base
         chain, b = batch.steps_map, batch.steps_injection
         p = at_zero.to(b.dtype)
         # Coarser steps than the layer's have rounded its weights and injections: they bound nothing of its map.

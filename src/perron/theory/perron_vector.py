@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from perron._numerics.rounding import gamma, product_above
+from perron.cells.affine_map import AffineMap
 from perron.cells.chain import Chain
-from perron.cells.step import AffineStep, Refusal
+from perron.cells.refusal import Refusal
 
 __all__ = ["Majorant", "PerronVector", "perron_vector"]
 
@@ -114,7 +115,7 @@ class Majorant:
         return replace(self, chain=self.chain.behind_injection()[1], slope=slope)
 
     @property
-    def maps(self) -> tuple[AffineStep, ...]:
+    def maps(self) -> tuple[AffineMap, ...]:
         """M_1, ..., M_L."""
         return tuple(m for step in self.chain.affine for m in step.magnitude().channels())
 

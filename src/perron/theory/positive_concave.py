@@ -8,7 +8,7 @@ and then it is unique and Picard iteration reaches it geometrically.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,17 +17,15 @@ from torch import Tensor
 from perron._numerics.batch import per_sample
 from perron._numerics.interval import Interval
 from perron._numerics.rounding import gamma, product_above
-from perron.cells.activation import ActivationStep
-from perron.cells.chain import Chain, unknown_step
-from perron.cells.injection import InjectStep
-from perron.cells.normalization import NormalizeStep
-from perron.cells.step import AffineStep, Linearization, Map, Refusal
+from perron.cells.chain import Chain
+from perron.cells.map import Linearization, Map
+from perron.cells.refusal import Refusal
 from perron.theory.base import Batch, Facts, GradientBound, Near, RankOne, Sign, Solve, Theory
 from perron.theory.certificate import Certificate, near_one
 from perron.theory.orbit import Orbit
 from perron.theory.perron_vector import Majorant, perron_vector
-from perron.theory.thompson import check_nonnegative, degree
-from perron.theory.weighted_norm import WeightedNormBound, roundings, stages, underflow_of_norm, weights_for
+from perron.theory.thompson import degree
+from perron.theory.weighted_norm import WeightedNormBound, underflow_of_norm, weights_for
 
 __all__ = ["ConcaveGradientBound", "PositiveConcave", "spectral_radius_bound"]
 
@@ -62,32 +60,17 @@ def _asymptotic_radius(chain: Chain) -> float:
 
     f_inf^j w <= (s M)^j w for the majorant s M of the chain and w > 0, so s M has no smaller radius than f_inf.
     """
-    slope = product_above(s.activation.asymptotic_slope for s in chain.steps if isinstance(s, ActivationStep))
+    slope = product_above(s.asymptotic_slope for s in chain.steps)
     if slope == 0:
         return 0.0
     return Majorant.of(chain, slope).perron_vector().factor
-
-
-def _check_nonnegative(chain: Chain) -> None:
-    for step in chain.affine:
-        check_nonnegative(step)
 
 
 def _check_positive(chain: Chain, positive_injection: bool) -> None:
     """f must map into the open orthant: with f(0) = 0 in a coordinate, uniqueness can fail."""
     positive = False
     for step in chain.known:
-        if isinstance(step, AffineStep):
-            bias = step.bias is not None and step.bias.numel() > 0 and bool((step.bias.detach() > 0).all())
-            positive = bias or (positive and step.positive())
-        elif isinstance(step, InjectStep):
-            positive = positive or positive_injection
-        elif isinstance(step, ActivationStep):
-            positive = positive or step.activation.at_zero > 0
-        elif isinstance(step, NormalizeStep):
-            raise Refusal("division by a norm is not nondecreasing")
-        else:
-            raise unknown_step(step)
+        positive = step.positive(positive, positive_injection)
     if not positive:
         raise Refusal(
             "f(0) > 0 could not be verified: with sigma(0) = 0 the injection must be positive in every coordinate "
@@ -113,10 +96,10 @@ def _a_priori_rate(chain: Chain) -> float | None:
         found = degree(chain)
     except Refusal:
         found = 1.0
-    last = chain.last_activation
-    if last is not None and last.bounded and last.at_zero > 0:
+    last = chain.steps[-1]
+    if math.isfinite(last.supremum) and last.least > 0:
         # The numbers themselves are powers, rounded.
-        found = min(found, 1 - last.at_zero / last.supremum * (1 - 1e-14))
+        found = min(found, 1 - last.least / last.supremum * (1 - 1e-14))
     return found if found < 1 else None
 
 
@@ -136,18 +119,18 @@ class ConcaveGradientBound(WeightedNormBound):
     ) -> None:
         self.exact = chain.to(torch.float64)
         self.injection = injection
-        count = roundings(chain)
+        count = chain.roundings
         lower, upper = bounds
         # The weights need three digits; a float32 product gives them if its sums are rigorous.
         rigorous = chain.rigorous()
         start = lower if rigorous is not None else lower.double()
         # Slopes come from the value here if they do in `finish`: an enclosure of z* is wider than that of f(z*).
-        by_value = (chain if rigorous is not None else self.exact).linearize_at_fixed_point(start, "upper")
+        by_value = (self.exact if rigorous is None else rigorous).linearize_at_fixed_point(start, "upper")
         if by_value is None:
             start = lower.double()
             steep = self.exact.linearize_steps(start, injection.double(), "upper")
         else:
-            steep = by_value if rigorous is None else replace(by_value, steps=rigorous.steps)
+            steep = by_value
             if model is not None:
                 # The Perron vector of D r c^T.
                 start = steep.slope * model.rows.view_as(lower[:1])
@@ -156,7 +139,7 @@ class ConcaveGradientBound(WeightedNormBound):
         self.weights, self.kappa = weights.double(), kappa.double()
         slope = None if by_value is None else steep.slope.double()
         # A w is at hand where J = D A.
-        passed = stages(steep, weights) if slope is None else [weights, image / steep.slope, image]
+        passed = steep.stages(weights) if slope is None else [weights, image / steep.slope, image]
         self.underflow = underflow_of_norm(passed, count)
         self.spread = self._spread(lower.double(), upper.double(), image.double(), slope)
         self.exact_rounding = 4 * gamma(count, torch.float64)
@@ -190,9 +173,8 @@ class PositiveConcave(Theory):
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         if sign is Sign.ANY:
             raise Refusal("the injection may have any sign")
-        if chain.normalizes:
-            raise Refusal("division by a norm is not nondecreasing")
-        _check_nonnegative(chain)
+        for step in chain.known:
+            step.check_concave()
         radius = _radius_of(chain, sign)
         if not radius < 1:
             raise Near(
@@ -200,7 +182,7 @@ class PositiveConcave(Theory):
                 "scale the weights down or use a bounded activation",
                 radius,
             )
-        names = ", ".join(s.activation.name for s in chain.steps if isinstance(s, ActivationStep)) or "none"
+        names = ", ".join(s.name for s in chain.steps if s.elementwise) or "none"
         count = sum(t.numel() for t in chain.tensors)
         return Certificate(
             exists=True,

@@ -18,16 +18,14 @@ from torch import Tensor
 
 from perron._numerics.batch import all_finite, amax, amin, per_sample
 from perron._numerics.rounding import Number, unit_roundoff
-from perron.cells.chain import Chain, ChainLinearization
-from perron.cells.step import AffineStep, Linearization
+from perron.cells.chain import Chain
+from perron.cells.jacobian import Jacobian
+from perron.cells.map import Linearization
 from perron.theory.base import GradientAim, GradientBound
 
 __all__ = [
     "WeightedNormBound",
     "norm",
-    "roundings",
-    "stages",
-    "underflow",
     "underflow_of_norm",
     "weights_for",
     "weighted_error",
@@ -45,11 +43,6 @@ def weighted_error(kappa: Number, residual: Number, spread: Number) -> Number:
 def norm(weights: Tensor, t: Tensor) -> Tensor:
     """(batch,) sum_i w_i |t_i|."""
     return torch.linalg.vecdot(weights.flatten(1), t.flatten(1).abs())
-
-
-def roundings(chain: Chain) -> int:
-    """Of a product with the Jacobian."""
-    return sum(s.terms + 4 for s in chain.affine) + 4 * len(chain.steps)
 
 
 class WeightedNormBound(GradientBound):
@@ -110,46 +103,21 @@ class WeightedNormBound(GradientBound):
         return g, relative.to(v.dtype), torch.where(proven, bound, math.inf)
 
 
-def stages(steep: ChainLinearization, w: Tensor) -> list[Tensor]:
-    """w, and what each step of J makes of it."""
-    stages = [w]
-    for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
-        if isinstance(step, AffineStep):
-            stages.append(step.linear(stages[-1]))
-        elif diagonal is not None:
-            stages.append(diagonal * stages[-1])
-    return stages
-
-
-def underflow_of_norm(stages_: list[Tensor], count: int) -> Tensor:
+def underflow_of_norm(stages: list[Tensor], count: int) -> Tensor:
     """(batch,) what underflow adds to ||J^T c||_w: an error e below the range at some step counts <e, that step's w>."""
-    total = torch.stack([stage.flatten(1).double().sum(1) for stage in stages_]).sum(0)
-    entries = max(stage[:1].numel() for stage in stages_)
+    total = torch.stack([stage.flatten(1).double().sum(1) for stage in stages]).sum(0)
+    entries = max(stage[:1].numel() for stage in stages)
     return 8 * (count + entries) * torch.finfo(torch.float64).tiny * (1 + total)
 
 
-def underflow(steep: ChainLinearization, w: Tensor) -> Tensor:
-    """(batch,) what it takes at most from an entry of |J| w: a number below the range may meet large weights later."""
-    lost, first = w.new_zeros(len(w)), True
-    for step, diagonal in zip(steep.steps, steep.diagonals, strict=True):
-        if isinstance(step, AffineStep):
-            passed = lost if first else 2 * step.row_sums() * lost
-            lost, first = passed + step.underflow(w.dtype), False
-        elif diagonal is not None:
-            lost, first = 2 * amax(diagonal) * lost + torch.finfo(w.dtype).tiny, False
-    return lost
-
-
-def weights_for(
-    steep: ChainLinearization, start: Tensor, rounding: float, fixed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def weights_for(steep: Jacobian, start: Tensor, rounding: float, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """w > 0, J w and (batch,) kappa with J w <= kappa w, by power iteration (Collatz-Wielandt).
 
     The weights are scaled to a largest entry of 1 per sample.
     """
     w = _scaled(start)
     best, image = w, w
-    lost = underflow(steep, w)
+    lost = steep.underflow(w)
     kappa = torch.full((len(w),), math.inf, dtype=w.dtype, device=w.device)
     for k in range(2 if fixed else _POWER_STEPS):
         jw = steep.matvec(w)

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningCLI
 import perron
 from perron._errors import UsageError
 from perron._files import lock, new_folder, read_json, replacing, write_json
-from perron.cells.step import Refusal
+from perron.cells.refusal import Refusal
 from perron.data import ImageData
 from perron.data.graphs import GRAPHS
 from perron.report import write_report

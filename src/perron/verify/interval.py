@@ -23,11 +23,13 @@ from perron._numerics.batch import amin, per_sample
 from perron._numerics.interval import Interval, centre_and_radius, widened
 from perron._numerics.rounding import gamma
 from perron.cells import reading
-from perron.cells.activation import ACTIVATION_MODULES, Activate, activation_of
 from perron.cells.chain import Chain
-from perron.cells.dropout import does_nothing
-from perron.cells.step import Refusal, check_rounding
-from perron.cells.trace import AFFINE_MODULES, affine_step, trace
+from perron.cells.dropout import VariationalDropout, does_nothing
+from perron.cells.injection import Inject
+from perron.cells.normalization import Normalize
+from perron.cells.refusal import Refusal
+from perron.cells.step import check_rounding
+from perron.cells.trace import trace
 from perron.nn import Equilibrium, GraphEquilibrium
 from perron.nn.equilibrium import Injection, positive_injection
 from perron.problem import FixedPointProblem
@@ -42,14 +44,14 @@ _TINY = torch.finfo(DTYPE).tiny
 _U = 2.0**-53
 
 
-def _affine(module: nn.Module, path: str, box: Interval) -> Interval:
-    rigorous = Chain((affine_step(module),)).to(DTYPE).rigorous()
+def _step(module: nn.Module, path: str, box: Interval) -> Interval:
+    """A module that is a step of cells as well."""
+    rigorous = Chain((reading.step(module, path),)).to(DTYPE).rigorous()
     if rigorous is None:
         raise Refusal(f"the sums of {path} cannot be bounded on {box.lower.device}")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and box.lower.dim() != 2 + len(module.kernel_size):
         raise ValueError(f"{path} takes (batch, channels, *{len(module.kernel_size)}), got {tuple(box.lower.shape)}")
-    (step,) = rigorous.affine
-    return Interval(*step.over(box.lower, box.upper))
+    return Interval(*rigorous.steps[0].propagate(box.lower, box.upper))
 
 
 def _batch_norm(module: nn.BatchNorm1d, path: str, box: Interval) -> Interval:
@@ -83,12 +85,6 @@ def _batch_norm(module: nn.BatchNorm1d, path: str, box: Interval) -> Interval:
 
 
 # ------------------------------------------------------------------------------------------------------ entry by entry
-
-
-def _activation(module: nn.Module, path: str, box: Interval) -> Interval:
-    activation = activation_of(module, type(module), path)
-    assert activation is not None
-    return Interval(*activation.over(box.lower, box.upper))
 
 
 def _leaky_relu(module: nn.LeakyReLU, path: str, box: Interval) -> Interval:
@@ -198,9 +194,9 @@ def _within_domain(b: Interval, sign: Sign) -> Interval:
 
 
 _RULES: dict[type[nn.Module], Callable[[Any, str, Interval], Interval]] = {
-    **dict.fromkeys(AFFINE_MODULES, _affine),
+    # What else is a step of cells has no meaning outside of one.
+    **dict.fromkeys(reading.READERS.keys() - {Inject, Normalize, VariationalDropout}, _step),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
-    **dict.fromkeys((*ACTIVATION_MODULES, Activate), _activation),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _max_pool),
     **dict.fromkeys(reading.LAYERS - {GraphEquilibrium}, _equilibrium),
     nn.Flatten: _flatten,
