@@ -21,6 +21,7 @@ from perron.cells import (
     ActivationStep,
     AffineStep,
     Chain,
+    ClampStep,
     ConvolutionStep,
     DiagonalLowRankStep,
     InjectStep,
@@ -139,7 +140,7 @@ class ExactCell:
     def __init__(self, chain: Chain, shape: torch.Size) -> None:
         self.shape, self.size = shape, shape.numel()
         self.chain = chain.to(torch.float64)
-        self.steps: list[tuple[Matrix, Vector] | InjectStep | ActivationStep | NormalizeStep] = []
+        self.steps: list[tuple[Matrix, Vector] | InjectStep | ActivationStep | ClampStep | NormalizeStep] = []
         with mpmath.workprec(_PRECISIONS[-1]):
             for step in self.chain.steps:
                 if isinstance(step, AffineStep):
@@ -176,8 +177,8 @@ class ExactCell:
                 jacobian = [row[:] for row in matrix] if jacobian is None else product(matrix, jacobian)
             elif isinstance(step, InjectStep):
                 v = [x + b for x, b in zip(v, injection, strict=True)]
-            elif isinstance(step, ActivationStep):
-                found = [_activate(step.activation, x) for x in v]
+            elif isinstance(step, ActivationStep | ClampStep):
+                found = _clamp(step, v) if isinstance(step, ClampStep) else [_activate(step.activation, x) for x in v]
                 v = [value for value, _ in found]
                 jacobian = identity(len(v)) if jacobian is None else jacobian
                 jacobian = [[d * a for a in row] for (_, d), row in zip(found, jacobian, strict=True)]
@@ -323,6 +324,12 @@ def _solve(system: Matrix, right: Vector) -> Vector | None:
     for k in range(n - 1, -1, -1):
         found[k] = (rows[k][n] - sum((rows[k][j] * found[j] for j in range(k + 1, n)), mpf(0))) / rows[k][k]
     return found
+
+
+def _clamp(step: ClampStep, v: Vector) -> list[tuple[mpf, mpf]]:
+    """min(max(v, l), u) and its slope, with that inside at a kink."""
+    lower, upper = (numbers(limit) * (1 if limit.dim() else len(v)) for limit in step.tensors)
+    return [(min(max(x, a), b), mpf(a <= x <= b)) for x, a, b in zip(v, lower, upper, strict=True)]
 
 
 def _normalize(step: NormalizeStep, v: Vector, jacobian: Matrix) -> tuple[Vector, Matrix]:

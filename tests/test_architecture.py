@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -122,3 +123,15 @@ def test_what_is_mutated_stands_there_once(mutant: mutants.Mutant) -> None:
         path, *names = test.split("::")
         text = (SOURCE.parent.parent / path).read_text()
         assert all(f"{name.partition('[')[0]}(" in text for name in names)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nobody_asks_of_what_class_a_step_is(name: str) -> None:
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        ):
+            asked = ast.unparse(node.args[1])
+            assert not re.search(r"\bStep\b|\w+Step\b", asked), f"{name} asks for {asked}"

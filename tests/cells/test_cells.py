@@ -9,6 +9,7 @@ from perron.cells import (
     Activate,
     ActivationStep,
     Chain,
+    Clamp,
     DenseStep,
     DiagonalLowRank,
     Inject,
@@ -77,6 +78,12 @@ def test_slopes_that_jump_are_taken_from_the_argument(dtype: torch.dtype) -> Non
         nn.Sequential(nn.Linear(4, 6), nn.Softsign(), nn.Linear(6, 4, bias=False), Inject(), Activate("erf")),
         nn.Sequential(DiagonalLowRank(4, 2, bias=True), Inject(), Activate("log1p")),
         nn.Sequential(nn.Linear(4, 4), Inject()),
+        nn.Sequential(
+            nn.Linear(4, 4), Inject(), Clamp(nn.Parameter(torch.full((4,), 0.8)), nn.Parameter(torch.tensor(1.5)))
+        ),
+        nn.Sequential(
+            Clamp(nn.Parameter(torch.tensor(0.2)), nn.Parameter(torch.full((4,), 0.7))), nn.Linear(4, 4), Inject()
+        ),
         nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4), Inject(), nn.Tanh()),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perron.cells import Activate, AutomaticLinearization, Chain, DenseStep, Inject, as_map, trace
+from perron.cells import Activate, AutomaticLinearization, Chain, Clamp, DenseStep, Inject, as_map, trace
 from perron.nn import MonotoneLinear
 from perron.solvers import (
     Anderson,
@@ -85,6 +85,7 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
     "bias": lambda: nn.Sequential(linear(slow(), True), Inject(), Activate("tanh")),
     "before": lambda: nn.Sequential(Inject(), linear(slow()), Activate("tanh")),
     "affine": lambda: nn.Sequential(linear(slow(0.9)), Inject()),
+    "clamp": lambda: nn.Sequential(linear(slow(0.98)), Inject(), Clamp(0.0, 0.5)),
     "relu": lambda: nn.Sequential(linear(slow(0.98)), Inject(), nn.ReLU()),
 }
 

@@ -14,6 +14,7 @@ from perron.cells import (
     Activate,
     ActivationStep,
     Chain,
+    Clamp,
     DenseStep,
     DiagonalLowRank,
     Inject,
@@ -406,6 +407,16 @@ NO_MAPS = {
     "quantised": lambda: bounded(
         assign(nn.Linear(3, 3), weight=torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8))
     ),
+    "limits of another width": lambda: bounded(nn.Linear(3, 3), Clamp(0.0, torch.ones(2))),
+    "limits of other channels": lambda: bounded(nn.Conv2d(2, 2, 3, padding=1), Clamp(0.0, torch.ones(3, 4, 4))),
+    "limits of other dimensions": lambda: bounded(nn.Conv2d(2, 2, 3, padding=1), Clamp(0.0, torch.ones(2, 4))),
+    "limits assigned the wrong way round": lambda: bounded(
+        nn.Linear(3, 3), assign(Clamp(0.0, 1.0), lower=torch.tensor(2.0))
+    ),
+    "a limit that is no number": lambda: bounded(
+        nn.Linear(3, 3), assign(Clamp(0.0, 1.0), upper=torch.tensor(torch.nan))
+    ),
+    "limits of another precision": lambda: bounded(nn.Linear(3, 3), Clamp(torch.zeros(3).double(), 1.0)),
     "two precisions": lambda: bounded(assign(nn.Linear(3, 3), weight=torch.ones(3, 3).double())),
 }
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from perron.cells import Activate, Chain, Inject, Normalize, Refusal, trace
+from perron.cells import Activate, Chain, Clamp, Inject, Normalize, Refusal, trace
 from perron.models import BaselineConvNet, BaselineNet, PositiveConcaveConvNet, PositiveConcaveLinearNet
 from perron.nn import (
     Equilibrium,
@@ -31,6 +31,7 @@ NETS = [
     (PositiveConcaveLinearNet(64, 10, width=12, activation="sigmoid"), (1, 8, 8)),
     (PositiveConcaveConvNet(1, 10, widths=(3, 4), image_size=8), (1, 8, 8)),
     (nn.Sequential(nn.Linear(5, 6), nn.ReLU(), PositiveConcaveLinear(6, 7), nn.Linear(7, 3)), (5,)),
+    (nn.Sequential(nn.Linear(5, 6), Clamp(-0.5, torch.linspace(0, 1, 6)), nn.Linear(6, 3)), (5,)),
     (BaselineNet("subdeq-nonnegative", 64, 10, width=12), (1, 8, 8)),
     (BaselineNet("subdeq-bounded", 64, 10, width=12), (1, 8, 8)),
     (BaselineNet("mondeq", 64, 10, width=12), (1, 8, 8)),
@@ -62,6 +63,14 @@ def test_boxes_contain_what_the_network_computes(net, shape, radius) -> None:
         assert (logits <= box.upper + slack).all()
 
 
+def clamped(gain: float, lower: float, upper: Tensor | float) -> Equilibrium:
+    linear = nn.Linear(5, 5, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.abs_().mul_(gain / linear.weight.sum(1, keepdim=True))
+    cell = nn.Sequential(linear, Inject(), Clamp(lower, upper).double())
+    return Equilibrium(cell, injection="given", solver=EXACT["solver"])
+
+
 EXACT = {"injection": "given", "solver": Auto(tol=1e-11, max_steps=5000, on_failure="ignore"), "dtype": torch.float64}
 LAYERS = [
     lambda: PositiveConcaveLinear(5, 5, **EXACT),
@@ -70,6 +79,8 @@ LAYERS = [
     lambda: SubhomogeneousLinear(5, 5, weights="signed_bounded", initial_radius=3.0, **EXACT),
     lambda: MonotoneLinear(5, 5, "tanh", margin=0.3, **EXACT),
     lambda: MonotoneLinear(5, 5, "relu", margin=1.0, **EXACT),
+    lambda: clamped(0.9, -1.0, torch.tensor([0.2, 0.5, 1.0, 2.0, math.inf])),
+    lambda: clamped(0.9, 0.1, 0.6),
 ]
 
 

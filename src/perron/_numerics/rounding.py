@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perron._numerics.compilers import constant
 
-__all__ = ["Number", "Rounding", "compound", "flushes_subnormals", "gamma", "product_above", "unit_roundoff"]
+__all__ = ["EXACT", "Number", "Rounding", "compound", "flushes_subnormals", "gamma", "product_above", "unit_roundoff"]
 
 
 # A scalar of a proof: a float, a tensor, or a term of a solver that checks its formula for all real numbers.
@@ -34,6 +34,9 @@ class Rounding:
     relative: float
     absolute: Tensor | float
     exact: bool = False
+
+
+EXACT = Rounding(0.0, 0.0, exact=True)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ from perron.cells.activation import Activate, ActivationStep
 from perron.cells.affine import AffineStep
 from perron.cells.chain import Chain
 from perron.cells.circular import MonotoneConvolution2d, MonotoneConvolutionStep
+from perron.cells.clamp import Clamp, ClampStep
 from perron.cells.convolution import ConvolutionStep
 from perron.cells.dense import DenseStep
 from perron.cells.dropout import MaskStep, VariationalDropout
@@ -25,6 +26,8 @@ __all__ = [
     "AffineStep",
     "AutomaticLinearization",
     "Chain",
+    "Clamp",
+    "ClampStep",
     "ConvolutionStep",
     "DenseStep",
     "DiagonalLowRank",

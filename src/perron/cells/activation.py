@@ -86,11 +86,11 @@ class ActivationStep(Weightless, ElementwiseStep):
         # From the argument, not from the value: where sigma saturates only that has any digits.
         return self.activation.derivative(v)
 
-    def bounded_derivative(self, v: Tensor, side: Side, slack: float) -> Tensor:
+    def bounded_derivative(self, v: Tensor, side: Side, slack: Rounding) -> Tensor:
         error = self.activation.ulps * unit_roundoff(v.dtype) * self.activation.slope_at_zero
         # Concave: the slope falls with v, so an upper bound is taken a little to the left.
         sign = 1 if side == "upper" else -1
-        return (self.activation.derivative(v * (1 - sign * slack)) + sign * error).clamp_min(0)
+        return (self.activation.derivative(v * (1 - sign * slack.relative)) + sign * error).clamp_min(0)
 
     def slope_of_value(self, value: Tensor, side: Side | None) -> Tensor | None:
         sigma = self.activation

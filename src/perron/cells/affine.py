@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from perron._numerics.rounding import Rounding, compound, gamma
+from perron._numerics.rounding import EXACT, Rounding, compound, gamma
 from perron.cells.affine_map import AffineMap
 from perron.cells.jacobian import Product
 from perron.cells.sizes import Sizes
@@ -68,7 +68,7 @@ class AffineStep(AffineMap, Step):
     def normalizes(self) -> bool:
         return False
 
-    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Product, ...]:
+    def factors(self, v: Tensor, side: Side | None = None, slack: Rounding = EXACT) -> tuple[Product, ...]:
         return (Product(self, v.shape),)
 
     def over(self, lower: Tensor, upper: Tensor, injection: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perron._numerics.rounding import Rounding
+from perron._numerics.rounding import EXACT, Rounding
 from perron.activations import Activation
 from perron.cells.affine_map import AffineMap
 from perron.cells.jacobian import AutomaticLinearization, Diagonal, Factor, Jacobian, Product
@@ -181,9 +181,13 @@ class Chain:
 
     def rounding(self, dtype: torch.dtype, entries: int = 2**24) -> Rounding:
         """Rounding error of one evaluation of this chain in `dtype`, with rigorous sums, on at most so many entries."""
-        found = Rounding(0.0, torch.zeros((), dtype=torch.float64), exact=True)
+        return self._roundings(dtype, entries)[-1]
+
+    def _roundings(self, dtype: torch.dtype, entries: int = 2**24) -> list[Rounding]:
+        """Before every step, and after the last one."""
+        found = [Rounding(0.0, torch.zeros((), dtype=torch.float64), exact=True)]
         for step in self.known:
-            found = step.rounded(found, dtype, entries)
+            found.append(step.rounded(found[-1], dtype, entries))
         return found
 
     def linearize_at_fixed_point(self, value: Tensor, side: Side | None = None) -> Jacobian | None:
@@ -238,11 +242,12 @@ class Chain:
         Raises:
             Refusal: a step is not known, or divides by a norm.
         """
-        # Of the argument here and of the one at the point that is compared with.
-        slack = 0.0 if side is None else 2 * self.rounding(z.dtype).relative
+        roundings = [EXACT] * (len(self.steps) + 1) if side is None else self._roundings(z.dtype)
         factors: list[Factor] = []
         v = z
-        for step in self.known:
+        for step, before in zip(self.known, roundings[:-1], strict=True):
+            # Of the argument here and of the one at the point that is compared with.
+            slack = Rounding(2 * roundings[-1].relative, 2 * before.absolute)
             factors += step.factors(v, side, slack)
             v = step(v, injection)
         return Jacobian(tuple(factors))

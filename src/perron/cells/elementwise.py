@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from perron._numerics.rounding import EXACT, Rounding
 from perron.cells.affine_map import AffineMap
 from perron.cells.jacobian import Diagonal
 from perron.cells.step import Reach, Side, Step
@@ -21,7 +22,7 @@ class ElementwiseStep(Step):
         """The slopes at v; differentiable. At a kink one of those next to it."""
 
     @abstractmethod
-    def bounded_derivative(self, v: Tensor, side: Side, slack: float) -> Tensor:
+    def bounded_derivative(self, v: Tensor, side: Side, slack: Rounding) -> Tensor:
         """Rigorous bounds of the slopes on the orthant, where s is concave: see `Step.factors`."""
 
     @abstractmethod
@@ -47,7 +48,7 @@ class ElementwiseStep(Step):
     def normalizes(self) -> bool:
         return False
 
-    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Diagonal, ...]:
+    def factors(self, v: Tensor, side: Side | None = None, slack: Rounding = EXACT) -> tuple[Diagonal, ...]:
         return (Diagonal(self.derivative(v) if side is None else self.bounded_derivative(v, side, slack)),)
 
     def over(self, lower: Tensor, upper: Tensor, injection: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perron._numerics.rounding import Rounding, compound, gamma
+from perron._numerics.rounding import EXACT, Rounding, compound, gamma
 from perron.cells import reading
 from perron.cells.jacobian import Factor
 from perron.cells.refusal import Refusal
@@ -60,7 +60,7 @@ class InjectStep(Weightless):
     def elementwise(self) -> bool:
         return False
 
-    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+    def factors(self, v: Tensor, side: Side | None = None, slack: Rounding = EXACT) -> tuple[Factor, ...]:
         """None: J is the identity."""
         return ()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perron._numerics.rounding import Rounding, compound, gamma
+from perron._numerics.rounding import EXACT, Rounding, compound, gamma
 from perron.cells import reading
 from perron.cells.jacobian import Factor
 from perron.cells.refusal import Refusal
@@ -87,7 +87,7 @@ class NormalizeStep(Weightless):
     def elementwise(self) -> bool:
         return False
 
-    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+    def factors(self, v: Tensor, side: Side | None = None, slack: Rounding = EXACT) -> tuple[Factor, ...]:
         raise Refusal(f"the Jacobian of a {type(self).__name__} is no diagonal and no matrix")
 
     def over(self, lower: Tensor, upper: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:

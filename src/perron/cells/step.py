@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perron._numerics.compilers import constant
-from perron._numerics.rounding import Rounding, flushes_subnormals
+from perron._numerics.rounding import EXACT, Rounding, flushes_subnormals
 from perron.activations import Activation
 from perron.cells.affine_map import AffineMap
 from perron.cells.jacobian import Factor
@@ -206,14 +206,14 @@ class Step(ABC):
         """Whether it divides by a norm: then J is neither a matrix nor a diagonal."""
 
     @abstractmethod
-    def factors(self, v: Tensor, side: Side | None = None, slack: float = 0.0) -> tuple[Factor, ...]:
+    def factors(self, v: Tensor, side: Side | None = None, slack: Rounding = EXACT) -> tuple[Factor, ...]:
         """J at v, the first factor first; none where that is the identity. Differentiable.
 
         Args:
             v: the argument.
             side: for a step that `check_concave` lets pass, at v >= 0: "upper" or "lower" for rigorous bounds of J at every
                 v' >= v or v' <= v, v' >= 0.
-            slack: with `side`, what rounding may amount to in v and v' together, relative to them.
+            slack: with `side`, what rounding may amount to in v and v' together.
 
         Raises:
             Refusal: J has no factors.

@@ -3,6 +3,7 @@
 from perron.cells import reading
 from perron.cells.activation import Activate
 from perron.cells.circular import MonotoneConvolution2d
+from perron.cells.clamp import Clamp
 from perron.cells.dropout import VariationalDropout
 from perron.cells.injection import Inject
 from perron.cells.low_rank import DiagonalLowRank
@@ -46,6 +47,7 @@ reading.layers(
 
 __all__ = [
     "Activate",
+    "Clamp",
     "DiagonalLowRank",
     "Equilibrium",
     "GraphEquilibrium",

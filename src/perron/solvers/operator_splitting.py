@@ -34,7 +34,7 @@ class OperatorSplitting(IterativeSolver):
     Args:
         tol, max_steps, stop, proof_dtype, on_failure, steps: as in every solver.
         scheme: "peaceman_rachford" (one factorisation, few steps; every activation) or "forward_backward" (no
-            factorisation, many steps; relu, relu6 and identity only). Half of `max_steps` are forward-backward ones, if
+            factorisation, many steps; relu, relu6, identity and `Clamp` only). Half of `max_steps` are forward-backward ones, if
             need be; what they have not solved by then gets the others.
         size: of a forward-backward step; None for m/|I - W|^2.
 
@@ -69,7 +69,9 @@ class OperatorSplitting(IterativeSolver):
         if self.scheme == "forward_backward":
             found = forward_backward_for(problem, self.size)
             if found is None:
-                raise ValueError("forward-backward steps need relu, relu6 or identity; use scheme='peaceman_rachford'")
+                raise ValueError(
+                    "forward-backward steps need relu, relu6, identity or Clamp; use scheme='peaceman_rachford'"
+                )
         return found, torch.zeros_like(problem.injection)
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
