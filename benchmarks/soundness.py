@@ -1,6 +1,6 @@
 """Soundness and tightness of everything that is proven about a solve, on random cells of ten families.
 
-Enclosures and error bounds of every solver, from every kind of guess; those of `perron.theory.theory.enclose` around every
+Enclosures and error bounds of every solver, from every kind of guess; those of `perron.enclose` around every
 kind of candidate; and bounds of adjoints. Small cells are judged by fixed points in several hundred bits
 (`benchmarks/exact.py`), down to subnormal numbers and up to spectral radii of 1 - 1e-12; wide ones by Picard and Newton
 in float64. What is proven is a miss if the truth contradicts it by more than the truth's own error. The bound of an

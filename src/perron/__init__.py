@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perron import activations, constraints, gradients, infinite_width, nn, solvers
+    from perron import activations, cells, constraints, gradients, infinite_width, models, nn, solvers, theory, verify
     from perron.solution import Solution
     from perron.solvers import Auto, ConvergenceError, ConvergenceWarning, Picard
     from perron.theory import Certificate, certify, enclose
@@ -19,13 +19,17 @@ __all__ = [
     "Picard",
     "Solution",
     "activations",
+    "cells",
     "certify",
     "constraints",
     "enclose",
     "gradients",
     "infinite_width",
+    "models",
     "nn",
     "solvers",
+    "theory",
+    "verify",
 ]
 
 # Where a name is that is no module of its own. All are imported when first asked for: the command line answers for its

@@ -1,5 +1,8 @@
 import copy
+import math
+from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,12 +26,26 @@ from perron.cells import (
     SparseLinear,
     VariationalDropout,
 )
+from perron.cells.trace import trace
 from perron.constraints import nonnegative
 from perron.nn import Equilibrium, PositiveConcaveConv2d, PositiveConcaveLinear
-from perron.solvers import Picard
-from perron.theory import Sign, certify, derive, spectral_radius_bound
+from perron.problem import FixedPointProblem
+from perron.solvers import Auto, Picard
+from perron.theory import (
+    BoundedGain,
+    Certificate,
+    Contracting,
+    MonotoneOperator,
+    Sign,
+    Theory,
+    Thompson,
+    certify,
+    derive,
+    pose,
+    spectral_radius_bound,
+)
 from perron.theory.certify import THEORIES
-from problems import Tenfold, TenfoldMatrix, below_one, dense_layer, fractions
+from problems import Tenfold, TenfoldMatrix, below_one, dense_layer, fractions, long_picard
 
 
 def positive(module: nn.Module) -> nn.Module:
@@ -528,3 +545,67 @@ def test_a_mask_drawn_with_another_probability_counts_as_it_is() -> None:
     dropout.draw(torch.ones(4, 50))
     dropout.p = 0.0625
     assert float(dropout.step().row_sums()) >= 4
+
+
+@pytest.mark.parametrize("theory", [Thompson(), BoundedGain()])
+def test_a_theory_in_a_problem_proves_by_itself(theory: Theory) -> None:
+    """What `pose` leaves to whichever metric serves a sample better, one theory alone proves as well."""
+    layer = dense_layer(torch.tensor([[0.2, 0.1], [0.05, 0.3]], dtype=torch.float64), "tanh+1.2")
+    b = torch.rand(3, 2, dtype=torch.float64) + 0.1
+    chain = trace(layer.cell)
+    found = Auto(tol=1e-8).solve(FixedPointProblem(chain, b, theory))
+    exact = long_picard(chain, b)
+    assert found.certified
+    assert ((found.lower <= exact) & (exact <= found.upper)).all()
+
+
+def test_a_theory_that_is_added_is_posed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One list says what is certified and what solves: no layer is certified by a theory that its solves never see."""
+
+    @dataclass(frozen=True)
+    class Mine(MonotoneOperator):
+        kind = "mine"
+
+        def certify(self, chain: Chain, sign: Sign) -> Certificate:
+            return Certificate(exists=True, unique=True, geometric=True, kind=self.kind)
+
+    chain = trace(dense_layer(torch.tensor([[3.0, -4.0], [4.0, 3.0]], dtype=torch.float64), "tanh").cell)
+    assert derive(chain, (Sign.ANY,)).theory is None
+    assert pose(chain, (Sign.ANY,))[0] == Contracting()
+    monkeypatch.setattr(import_module("perron.theory.certify"), "THEORIES", (*THEORIES, Mine()))
+    assert pose(chain, (Sign.ANY,))[0] == Mine()
+    assert derive(chain, (Sign.ANY,)).theory == Mine()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weight", [[[0.1, 0.1], [0.1, 0.1]], [[0.0, -4.0], [0.2, 0.0]], [[-9.0, 0.0], [0.0, 0.5]]])
+def test_a_bias_that_is_not_finite_is_refused(weight: list[list[float]], value: float) -> None:
+    """By row sums, by a Perron vector, by the margin: none of them looks at the bias."""
+    linear = nn.Linear(2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor(weight))
+        linear.bias.copy_(torch.tensor([value, 0.0]))
+    for injection in ("free", "given", "softplus"):
+        layer = Equilibrium(nn.Sequential(linear, Inject(), Activate("relu")), injection=injection)
+        assert not certify(layer)
+        assert "not finite" in str(certify(layer).refusal)
+        assert not layer.solve(torch.ones(1, 2, dtype=torch.float64)).proven.any()
+    with torch.no_grad():
+        linear.bias.zero_()
+    assert certify(layer)
+
+
+def test_a_layer_that_hides_its_certificate_is_not_passed_over() -> None:
+    sound, unsound = (dense_layer(torch.full((2, 2), w), "relu") for w in (0.1, 3.0))
+    assert not certify(nn.Sequential(sound, unsound))
+    unsound.certificate = None
+    assert not certify(nn.Sequential(sound, unsound))
+
+
+def test_an_injection_replaced_on_the_class_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """z = tanh(W z) has two fixed points for b = 0, which softplus would never give."""
+    layer = Equilibrium(dense_layer(torch.full((2, 2), 1.2), "tanh").cell, injection="softplus")
+    assert certify(layer)
+    monkeypatch.setattr(Equilibrium, "positive", lambda self, b: b)
+    with pytest.raises(ValueError, match="positive"):
+        layer.solve(torch.zeros(1, 2))

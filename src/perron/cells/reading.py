@@ -180,7 +180,9 @@ def _is_patched(cls: Any) -> bool:
     By the file, which functools.wraps does not hide, and by its name there: torch has many classes in one file.
     """
     bases = _own(cls)[1]
-    methods = (cls.forward, cls.__call__, cls._call_impl)
+    # What a layer makes of its input goes through the later ones.
+    names = ("forward", "__call__", "_call_impl", "positive", "injected", "_pre_injection", "_read")
+    methods = [getattr(cls, name) for name in names if hasattr(cls, name)]
     return not all(
         (getattr(f, "__globals__", {}).get("__name__"), getattr(f, "__qualname__", "").rpartition(".")[0]) in bases
         for f in methods

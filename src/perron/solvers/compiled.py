@@ -28,7 +28,6 @@ from perron.solvers.adjoint import adjoint_in_steps, solve_adjoint
 from perron.solvers.aggregation import Aggregation
 from perron.solvers.auto import Auto
 from perron.theory.base import Theory
-from perron.theory.positive_concave import PositiveConcave
 
 __all__ = ["Compiled"]
 
@@ -92,7 +91,7 @@ class Compiled(Auto):
         return {**self.__dict__, "plans": {}}
 
     def _solve(self, problem: FixedPointProblem, z0: Tensor | None) -> Solution:
-        plan = self._plan("solve", problem.map, problem.injection)
+        plan = self._plan("solve", problem.map, problem.injection, problem.theory)
         usable = (
             plan is not None and z0 is None and self.steps is None and self.encloses(problem) and _rises(problem.theory)
         )
@@ -123,7 +122,7 @@ class Compiled(Auto):
         theory: Theory | None,
     ) -> tuple[Tensor, AdjointSolution]:
         """The adjoint likewise; a batch in which some sample does not converge is solved again uncompiled."""
-        plan = self._plan("adjoint", map, v) if bounds is not None and _rises(theory) else None
+        plan = self._plan("adjoint", map, v, theory) if bounds is not None and _rises(theory) else None
         if plan is not None and plan.run is not None and bounds is not None:
             tensors = self._try(plan, list(map.tensors), z, injection, v, *bounds)
             if tensors is not None:
@@ -135,13 +134,13 @@ class Compiled(Auto):
                     return g, found
         g, found = solve_adjoint(map, z, injection, v, self, bounds=bounds, theory=theory)
         if plan is not None and plan.run is None and plan.observe(found.steps):
-            plan.run = self._compile_adjoint(map, plan.steps)
+            plan.run = self._compile_adjoint(map, plan.steps, theory)
         return g, found
 
     def _proof_dtype(self) -> torch.dtype | None:
         return None if self.proof_dtype is None else torch.float64
 
-    def _plan(self, what: str, map: Map, like: Tensor) -> _Plan | None:
+    def _plan(self, what: str, map: Map, like: Tensor, theory: Theory | None) -> _Plan | None:
         """The plan for problems of this shape; None where they cannot be compiled."""
         if not isinstance(map, Chain) or not Aggregation.possible(map) or not like.numel():
             return None
@@ -151,7 +150,7 @@ class Compiled(Auto):
             signature = tuple(step.signature() for step in map.known)
         except Refusal:
             return None
-        key = (what, signature, like.shape, like.dtype, like.device, full_float32())
+        key = (what, theory, signature, like.shape, like.dtype, like.device, full_float32())
         return self.plans.setdefault(key, _Plan())
 
     def _try(self, plan: _Plan, *arguments: Any) -> tuple[Tensor, ...] | None:
@@ -173,18 +172,18 @@ class Compiled(Auto):
     def _compile_solve(self, problem: FixedPointProblem, steps: int) -> Callable[..., tuple[Tensor, ...]]:
         options = {f.name: getattr(self, f.name) for f in fields(Auto) if f.name not in ("steps", "on_failure")}
         inner = Auto(**options, steps=max(steps, 5), on_failure="ignore")
-        template = _template(problem.map)
+        template, theory = _template(problem.map), problem.theory
         activation = template.last_activation
         assert activation is not None
 
         def run(tensors: list[Tensor], injection: Tensor, probes: list[Tensor]) -> tuple[Tensor, ...]:
             # Auto's own _solve only: the layers around it report failures and count.
-            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, PositiveConcave()), None)
+            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, theory), None)
             return *(getattr(found, name) for name in _SOLUTION), *(activation(v) for v in probes)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)
 
-    def _compile_adjoint(self, map: Map, steps: int) -> Callable[..., tuple[Tensor, ...]]:
+    def _compile_adjoint(self, map: Map, steps: int, theory: Theory | None) -> Callable[..., tuple[Tensor, ...]]:
         template, tol = _template(map), self.tol
 
         def run(
@@ -198,7 +197,7 @@ class Compiled(Auto):
                 tol,
                 steps,
                 bounds=(lower, upper),
-                theory=PositiveConcave(),
+                theory=theory,
                 fixed=True,
             )
             return g, *(getattr(found, name) for name in _ADJOINT)

@@ -371,10 +371,13 @@ class Theory(ABC):
             inequalities hold in float32, too, and without them errors can be observed.
         splits: whether operator splitting is what is sure to reach it.
         orthant: whether it is about nonnegative injections only, and fixed points in the orthant.
+        by_sample: whether single samples are better served by whichever metric F contracts in there, which is then
+            `perron.theory.contracting`.
     """
 
     kind: ClassVar[str]
     orthant: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = False
     rises: ClassVar[bool] = False
     splits: ClassVar[bool] = False
 
@@ -387,12 +390,16 @@ class Theory(ABC):
         """What is proven for every injection of that sign, from the actual weights.
 
         Raises:
-            Refusal: nothing; `Near` where but one number is in the way.
+            Refusal: nothing is proven; `Near` if a single number is in the way.
         """
 
     @abstractmethod
     def at(self, batch: Batch) -> Facts:
-        """What is proven of these injections."""
+        """What is proven of these injections.
+
+        Raises:
+            Refusal: the theory says nothing of this cell.
+        """
 
     @abstractmethod
     def bound_gradient(

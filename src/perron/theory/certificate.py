@@ -19,7 +19,7 @@ class Certificate:
         assumptions: what was checked, in words.
         refusal: None, or the reason why nothing is certified.
         rate: an a-priori contraction factor in `metric`, where the theory gives one below 1.
-        metric: "Thompson metric" or "sup norm".
+        metric: "Thompson metric", "sup norm" or "weighted sup norm".
         method: what converges geometrically, "Picard" or "operator splitting".
         parts: for a network, the name and the certificate of every equilibrium layer in it.
     """

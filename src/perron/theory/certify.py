@@ -44,7 +44,7 @@ class Derived:
 
 
 @torch.no_grad()
-def derive(chain: Chain, signs: Sequence[Sign], theories: Sequence[Theory] = THEORIES) -> Derived:
+def derive(chain: Chain, signs: Sequence[Sign], theories: Sequence[Theory] | None = None) -> Derived:
     """The first theory that certifies a chain for injections of one of these signs, from its weights.
 
     For signed weights that nothing certifies the fixed point need not be unique, and the refusal says so; single samples may
@@ -53,13 +53,14 @@ def derive(chain: Chain, signs: Sequence[Sign], theories: Sequence[Theory] = THE
     Args:
         chain: the cell.
         signs: of injections, the one that is wanted most first.
-        theories: to try, in this order.
+        theories: to try, in this order; None for `THEORIES`.
     """
     refusals: list[tuple[Theory, Refusal]] = []
     try:
         check_rounding()
         chain.sizes()
-        for theory in theories:
+        _check_finite(chain)
+        for theory in THEORIES if theories is None else theories:
             for sign in signs if theory.orthant else (Sign.ANY,):
                 try:
                     return Derived(certificate=theory.certify(chain, sign), theory=theory, sign=sign)
@@ -94,19 +95,27 @@ def pose(chain: Chain, signs: Sequence[Sign]) -> tuple[Theory, Sign]:
     """
     # Refused with the reason, rather than failing in some product.
     chain.sizes()
-    concave, monotone = PositiveConcave(), MonotoneOperator()
-    for sign in signs:
-        if _holds(concave, chain, sign):
-            return concave, sign
-    everywhere = _holds(BoundedGain(), chain, Sign.ANY)
-    if not everywhere and _holds(monotone, chain, Sign.ANY):
-        return monotone, Sign.ANY
-    return Contracting(everywhere=everywhere), Sign.ANY
+    for theory in THEORIES:
+        for sign in signs if theory.orthant else (Sign.ANY,):
+            if not _holds(theory, chain, sign):
+                continue
+            if not theory.by_sample:
+                return theory, sign
+            return Contracting(everywhere=not theory.orthant or _holds(BoundedGain(), chain, Sign.ANY)), Sign.ANY
+    return Contracting(), Sign.ANY
+
+
+def _check_finite(chain: Chain) -> None:
+    """Raise Refusal where a bias is not finite: then so is the fixed point, if there is one. Row sums tell the same of weights."""
+    for step in chain.affine:
+        if step.bias is not None and not bool(step.bias.isfinite().all()):
+            raise Refusal("the bias of an affine step is not finite")
 
 
 def _holds(theory: Theory, chain: Chain, sign: Sign) -> bool:
     try:
         check_rounding()
+        _check_finite(chain)
         theory.certify(chain, sign)
     except Refusal:
         return False
@@ -151,7 +160,7 @@ def certify(module: nn.Module | Chain) -> Certificate:
     parts = [
         (name, _of_layer(child, reading.path_of(module, name)))
         for name, child in module.named_modules()
-        if callable(getattr(child, "certificate", None))
+        if isinstance(child, tuple(reading.LAYERS)) or callable(getattr(child, "certificate", None))
     ]
     if parts:
         reasons = [f"{name}: {part.refusal}" for name, part in parts if not part]

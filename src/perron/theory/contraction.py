@@ -318,9 +318,12 @@ class Contractive(Theory):
 
 @dataclass(frozen=True)
 class BoundedGain(Contractive):
-    """Absolute row sums, times the largest slopes, below 1: F contracts in the sup norm, for weights and injections of any sign."""
+    """Absolute row sums, weighted by a Perron vector where that helps, times the largest slopes, below 1: F contracts in the
+    (weighted) sup norm, for weights and injections of any sign.
+    """
 
     kind: ClassVar[str] = "bounded gain"
+    by_sample: ClassVar[bool] = True
 
     def certify(self, chain: Chain, sign: Sign) -> Certificate:
         norm = norm_of_gain(chain)

@@ -134,6 +134,7 @@ class Thompson(Contractive):
     """Nonnegative weights and a degree below 1: F contracts in Thompson's metric, for all nonnegative injections."""
 
     kind: ClassVar[str] = "subhomogeneous"
+    by_sample: ClassVar[bool] = True
     orthant: ClassVar[bool] = True
 
     def certify(self, chain: Chain, sign: Sign) -> Certificate:

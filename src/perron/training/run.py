@@ -20,6 +20,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import perron
 from perron._errors import UsageError
@@ -118,7 +119,7 @@ def _instantiate(arguments: list[str], defaults: dict[str, Any]) -> LightningCLI
                 seed_everything_default=0,
                 parser_kwargs={"exit_on_error": False},
             )
-        except (ArgumentError, ValueError) as error:
+        except (ArgumentError, ValueError, MisconfigurationException) as error:
             raise UsageError(" ".join(str(error).split())) from error
 
 
@@ -199,9 +200,11 @@ def fit(config: Path, root: Path, data_dir: str | None, rest: list[str], *, resu
     """
     parent = root / config.stem
     if resume:
-        earlier = _runs(root, config.stem)
-        if not earlier or not (earlier[-1] / "checkpoints" / "last.ckpt").is_file():
-            where = f"{earlier[-1]} has no checkpoint" if earlier else f"no run of {config.stem!r} in {root}"
+        # A run that was stopped before its first epoch was over has nothing to go on from.
+        every = _runs(root, config.stem)
+        earlier = [run for run in every if (run / "checkpoints" / "last.ckpt").is_file()]
+        if not earlier:
+            where = f"{every[-1]} has no checkpoint" if every else f"no run of {config.stem!r} in {root}"
             raise UsageError(f"nothing to resume: {where}; run `perron fit {config.stem}` without --resume")
         with lock(earlier[-1] / ".lock"):
             _resume(earlier[-1], config, [*_data_arguments(data_dir), *rest], command)
