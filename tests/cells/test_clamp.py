@@ -360,6 +360,8 @@ def test_who_has_no_cap_needs_a_radius_below_1() -> None:
     assert certify(cell_of(0.99 * eye, 0.0, caps))
     assert certify(cell_of(1.01 * eye, 0.0, torch.ones(2, dtype=DOUBLE)))
     # z_2 = 1.01 z_2 + b has no solution.
+    # Limits are no weights: what is said of those does not count them.
+    assert "all 4 weights" in str(certify(cell_of(0.99 * eye, -1.0, caps)))
     for radius in (1.0, 1.01):
         assert not certify(cell_of(radius * eye, 0.0, caps))
 

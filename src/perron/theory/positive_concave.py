@@ -183,7 +183,7 @@ class PositiveConcave(Theory):
                 radius,
             )
         names = ", ".join(s.name for s in chain.steps if s.elementwise) or "none"
-        count = sum(t.numel() for t in chain.tensors)
+        count = sum(t.numel() for a in chain.affine for t in a.tensors)
         return Certificate(
             exists=True,
             unique=True,
