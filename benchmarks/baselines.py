@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RIVALS", "Cell", "counts"]
+__all__ = ["BASELINES", "Cell", "counts"]
 
 MAX_STEPS = 400
 
@@ -96,7 +96,7 @@ def torchdeq(solver: str) -> Baseline:
     return solve
 
 
-RIVALS: dict[str, Callable[[], Baseline]] = {
+BASELINES: dict[str, Callable[[], Baseline]] = {
     "hook": lambda: hook,
     "torchdeq fixed_point_iter": lambda: torchdeq("fixed_point_iter"),
     "torchdeq anderson": lambda: torchdeq("anderson"),

@@ -659,7 +659,11 @@ class Trial:
             constant = self.problem.truth == "constant"
             self.exact = ExactCell.on_constants(chain) if constant else ExactCell(chain, self.b.shape[1:])
             unknowns = self.b[:, :1] if constant else self.b
-            guess = Picard(tol=1e-8, max_steps=100, on_failure="ignore").solve(FixedPointProblem(chain, self.b)).value
+            guess = (
+                Picard(tol=1e-8, max_steps=100, on_failure="ignore")
+                .solve(FixedPointProblem(map=chain, injection=self.b))
+                .value
+            )
             self.truth = self.exact.truth(unknowns, guess[:, :1] if constant else guess, concave=self.concave)
             if constant:
                 self.truth = self.truth.spread(self.b.shape)

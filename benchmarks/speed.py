@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from baselines import RIVALS, Cell, counts
+from baselines import BASELINES, Cell, counts
 from torch import Tensor, nn
 
 from perron._files import read_json, write_json
@@ -231,7 +231,7 @@ class Baseline(Contestant):
     def __init__(self, case: Case, name: str) -> None:
         super().__init__(case)
         self.cell = Cell(nn.Parameter(case.weight.clone()))
-        self.baseline = RIVALS[name]()
+        self.baseline = BASELINES[name]()
         self.tol = self.backward_tol = 0.1
 
     @property
@@ -314,7 +314,7 @@ def measure(case: Case, seconds: float, *, compiled: bool) -> dict[str, Any]:
             rows[name] = contestant.check()
         contestants[name] = contestant
     goal = max(2 * rows["Auto"]["gradient_error"], TARGET)
-    for name in RIVALS:
+    for name in BASELINES:
         baseline = Baseline(case, name)
         try:
             if baseline.calibrate(goal, patience=max(12 * seconds, 90)):
@@ -353,7 +353,7 @@ def named(kind: str, size: int, image: int, batch: int, level: str) -> str:
 
 def ratio(rows: dict[str, Any], key: str) -> tuple[float, str]:
     """Time of the best baseline over that of Perron's default, and the baseline's name."""
-    times = {n: rows[n][key] for n in RIVALS if key in rows.get(n, {})}
+    times = {n: rows[n][key] for n in BASELINES if key in rows.get(n, {})}
     if not times:
         return math.nan, "-"
     best = min(times, key=times.__getitem__)

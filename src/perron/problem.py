@@ -16,7 +16,7 @@ __all__ = ["Cell", "FixedPointProblem"]
 Cell = Chain | Opaque | OneSystem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FixedPointProblem:
     """z = f(z; b) for a batch of injections b, starting at zero.
 

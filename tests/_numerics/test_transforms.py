@@ -1,5 +1,6 @@
 """torch.func, forward-mode automatic differentiation and torch.compile through equilibrium layers."""
 
+import itertools
 import math
 
 import pytest
@@ -184,3 +185,24 @@ def test_compiled_layers_refuse_what_layers_refuse() -> None:
     value = torch.compile(layer, backend="eager")(torch.tensor([[1.0, math.nan], [1.0, 1.0]]))
     assert value[0].isnan().all()
     assert value[1].isfinite().all()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3), 2)))
+def test_vmap_over_weights_of_which_some_are_proven_otherwise_or_not_at_all(order: tuple[int, int]) -> None:
+    """Certified as concave, by its gain, and not at all: values and gradients are those of each alone, and without bounds."""
+    every = [[[0.2, 0.3], [0.1, 0.2]], [[0.2, -0.3], [0.1, -0.2]], [[0.5, -0.9], [-0.9, 0.5]]]
+    weights = torch.tensor(every, dtype=torch.float64)[list(order)]
+    layer = Equilibrium(
+        nn.Sequential(nn.Linear(2, 2, bias=False, dtype=torch.float64), Inject(), Activate("tanh")),
+        solver=Auto(tol=1e-10, max_steps=2000),
+    )
+    x = torch.rand(3, 2, dtype=torch.float64) + 0.5
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, {"cell.0.weight": weight}, (x,)).square().sum()
+
+    slopes, found = vmap(torch.func.grad_and_value(loss))(weights)
+    for k, weight in enumerate(weights):
+        alone, value = torch.func.grad_and_value(loss)(weight)
+        torch.testing.assert_close(found[k], value, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(slopes[k], alone, rtol=1e-6, atol=1e-8)

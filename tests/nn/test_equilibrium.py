@@ -146,11 +146,11 @@ def test_a_small_sample_is_not_hidden_by_a_large_one() -> None:
 
 def test_a_solver_called_by_itself_takes_an_unread_cell_as_one_system_too() -> None:
     cell, x = Nodes(), torch.randn(12, 8)
-    solution = Auto().solve(FixedPointProblem(as_map(cell)[0], x))
+    solution = Auto().solve(FixedPointProblem(map=as_map(cell)[0], injection=x))
     assert solution.value.shape == x.shape
     assert solution.converged.shape == (12,)
     assert residuals(cell, solution.value, x).max() <= 1e-4
-    fixed = Auto(steps=9, on_failure="ignore").solve(FixedPointProblem(as_map(cell)[0], x))
+    fixed = Auto(steps=9, on_failure="ignore").solve(FixedPointProblem(map=as_map(cell)[0], injection=x))
     assert (fixed.steps == 9).all()
     torch.testing.assert_close(fixed.residual, residuals(cell, fixed.value, x).max().expand(12))
 

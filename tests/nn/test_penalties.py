@@ -67,7 +67,9 @@ def test_steps_go_on_with_the_slope_of_the_curve_where_picard_does_not_converge(
         def forward(self, z: Tensor, x: Tensor) -> Tensor:
             return z * ratios[:, None]
 
-    state = penalties.State(as_map(Scaled())[0], torch.zeros(3, 2).double(), torch.zeros(3, 2).double())
+    state = penalties.State(
+        map=as_map(Scaled())[0], injection=torch.zeros(3, 2).double(), value=torch.zeros(3, 2).double()
+    )
     steps = penalties.picard_steps(state)
     (slope,) = torch.autograd.grad(steps.sum(), ratios)
     assert bool(steps.isfinite().all())

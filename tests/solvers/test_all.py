@@ -293,7 +293,7 @@ def test_fixed_steps_wait_for_nothing_and_tell_their_error(name: str, steps: int
     weight /= torch.linalg.eigvals(weight).abs().max()
     layer = dense_layer(weight, "tanh")
     b = 0.3 * nn.functional.softplus(torch.randn(8, 40), beta=5)
-    problem = FixedPointProblem(trace(layer.cell), b, PositiveConcave())
+    problem = FixedPointProblem(map=trace(layer.cell), injection=b, theory=PositiveConcave())
     solver = replace(SOLVERS[name], steps=steps, on_failure="ignore")
     with torch.no_grad(), Waits() as waits:
         solution = solver.solve(problem)
@@ -318,7 +318,7 @@ def test_fixed_steps_of_maps_without_structure(solver) -> None:
 def test_the_host_rarely_waits() -> None:
     """Residual stopping on 130 steps: looks are foreseen from the rate."""
     layer = Equilibrium(Rotation(), solver=Picard(tol=1e-6))
-    problem = FixedPointProblem(as_map(layer.cell)[0], torch.randn(8, 4))
+    problem = FixedPointProblem(map=as_map(layer.cell)[0], injection=torch.randn(8, 4))
     with torch.no_grad(), Waits() as waits:
         solution = Picard(tol=1e-6).solve(problem)
     assert solution.converged.all()
@@ -381,7 +381,7 @@ def test_a_solve_of_its_own_under_autocast(solver) -> None:
     """Autocast must not reach the products of a proof."""
     layer = dense_layer(torch.rand(30, 30) / 20, "tanh")
     b = torch.rand(6, 30) + 0.01
-    problem = FixedPointProblem(trace(layer.cell), b, PositiveConcave())
+    problem = FixedPointProblem(map=trace(layer.cell), injection=b, theory=PositiveConcave())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         solution = solver.solve(problem)
     exact = truth(layer, b)
@@ -390,7 +390,7 @@ def test_a_solve_of_its_own_under_autocast(solver) -> None:
 
 
 def test_fixed_steps_of_maps_without_structure_wait_for_nothing() -> None:
-    problem = FixedPointProblem(as_map(Rotation())[0], torch.randn(3, 4))
+    problem = FixedPointProblem(map=as_map(Rotation())[0], injection=torch.randn(3, 4))
     with torch.no_grad(), Waits() as waits:
         Auto(steps=7, on_failure="ignore").solve(problem)
     assert waits.count == 0

@@ -16,7 +16,7 @@ from problems import UNRULY, Counting
 def solve(name: str, solver: Solver, dtype: torch.dtype = torch.float64, samples: int = 1) -> tuple[Solution, Counting]:
     function, entries, start, _ = UNRULY[name]
     cell = Counting(function)
-    problem = FixedPointProblem(as_map(cell)[0], torch.zeros(samples, entries, dtype=dtype))
+    problem = FixedPointProblem(map=as_map(cell)[0], injection=torch.zeros(samples, entries, dtype=dtype))
     return solver.solve(problem, torch.full((samples, entries), start, dtype=dtype)), cell
 
 

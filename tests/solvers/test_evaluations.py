@@ -96,7 +96,9 @@ def test_certified_cells(name: str, max_steps: int, counter: Counter) -> None:
     solver = replace(SOLVERS[name], max_steps=max_steps, tol=1e-6, on_failure="ignore")
     guess = torch.full((SAMPLES, ENTRIES), 0.3)
     for place, make in CELLS.items():
-        problem = FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 1e-3), PositiveConcave())
+        problem = FixedPointProblem(
+            map=trace(make()), injection=torch.full((SAMPLES, ENTRIES), 1e-3), theory=PositiveConcave()
+        )
         for z0 in (None, guess):
             counter.count = 0
             solution = solver.solve(problem, z0)
@@ -125,7 +127,9 @@ def test_cells_that_contract_or_are_monotone(kind: str, max_steps: int, monkeypa
         layer = MonotoneLinear(ENTRIES, ENTRIES, activation="relu")
         with torch.no_grad():
             cell = nn.Sequential(linear(3 * layer.cell[0].weight - 2 * torch.eye(ENTRIES)), Inject(), nn.ReLU())
-    problem = FixedPointProblem(trace(cell), torch.full((SAMPLES, ENTRIES), 0.3), pose(trace(cell), (Sign.ANY,))[0])
+    problem = FixedPointProblem(
+        map=trace(cell), injection=torch.full((SAMPLES, ENTRIES), 0.3), theory=pose(trace(cell), (Sign.ANY,))[0]
+    )
     for name, solver in ({**SOLVERS, **splitting} if kind == "monotone operator" else SOLVERS).items():
         counter.count = 0
         solution = replace(solver, max_steps=max_steps, tol=1e-6, on_failure="ignore").solve(problem)
@@ -141,7 +145,7 @@ def test_cells_of_unknown_structure(name: str, max_steps: int, counter: Counter)
     """One that has no fixed point, and one that rotates."""
     for function in (lambda z: z.square() + z.roll(1, 1).abs() + 1, lambda z: 0.98 * z.roll(1, 1) + 1 + 0.01 * z.sin()):
         cell = Counting(function)
-        problem = FixedPointProblem(as_map(cell)[0], torch.zeros(1, ENTRIES))
+        problem = FixedPointProblem(map=as_map(cell)[0], injection=torch.zeros(1, ENTRIES))
         counter.count = 0
         solution = replace(SOLVERS[name], max_steps=max_steps, tol=1e-7, on_failure="ignore").solve(problem)
         assert int(solution.steps) == cell.evaluations + counter.count
@@ -156,12 +160,14 @@ def test_fixed_steps_are_exact(name: str, counter: Counter) -> None:
         for make in CELLS.values():
             counter.count = 0
             solution = solver.solve(
-                FixedPointProblem(trace(make()), torch.full((SAMPLES, ENTRIES), 0.1), PositiveConcave())
+                FixedPointProblem(
+                    map=trace(make()), injection=torch.full((SAMPLES, ENTRIES), 0.1), theory=PositiveConcave()
+                )
             )
             assert solution.steps.tolist() == [counter.count] * SAMPLES == [steps] * SAMPLES
         if steps == 5:
             continue
         cell = Counting(lambda z: 0.9 * z.roll(1, 1) + 1)
         counter.count = 0
-        solution = solver.solve(FixedPointProblem(as_map(cell)[0], torch.zeros(1, 4)))
+        solution = solver.solve(FixedPointProblem(map=as_map(cell)[0], injection=torch.zeros(1, 4)))
         assert int(solution.steps) == steps == cell.evaluations + counter.count

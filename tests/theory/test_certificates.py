@@ -553,7 +553,7 @@ def test_a_theory_in_a_problem_proves_by_itself(theory: Theory) -> None:
     layer = dense_layer(torch.tensor([[0.2, 0.1], [0.05, 0.3]], dtype=torch.float64), "tanh+1.2")
     b = torch.rand(3, 2, dtype=torch.float64) + 0.1
     chain = trace(layer.cell)
-    found = Auto(tol=1e-8).solve(FixedPointProblem(chain, b, theory))
+    found = Auto(tol=1e-8).solve(FixedPointProblem(map=chain, injection=b, theory=theory))
     exact = long_picard(chain, b)
     assert found.certified
     assert ((found.lower <= exact) & (exact <= found.upper)).all()

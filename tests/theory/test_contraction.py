@@ -499,7 +499,9 @@ def test_candidates_outside_of_the_box_are_moved_into_it() -> None:
 
     weight = torch.tensor([[0.3, -0.2], [0.1, 0.2]], dtype=torch.float64)
     problem = FixedPointProblem(
-        trace(layer(weight, Activate("tanh"), Inject()).cell), torch.rand(1, 2).double(), Contracting()
+        map=trace(layer(weight, Activate("tanh"), Inject()).cell),
+        injection=torch.rand(1, 2).double(),
+        theory=Contracting(),
     )
     with torch.no_grad():
         facts = Proving(Picard(), problem, None).facts

@@ -324,7 +324,7 @@ def test_nothing_is_proven_while_subnormal_numbers_count_as_zero(flushing, dtype
     for solver in (Auto(), Picard(), Anderson(), Newton(), Broyden()):
         layer.solver = solver
         assert not layer.solve(x).certified
-        for posed in (FixedPointProblem(chain, x, t) for t in (PositiveConcave(), Contracting())):
+        for posed in (FixedPointProblem(map=chain, injection=x, theory=t) for t in (PositiveConcave(), Contracting())):
             found = solver.solve(posed)
             assert not found.certified
             assert found.converged.all()

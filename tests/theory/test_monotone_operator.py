@@ -180,7 +180,7 @@ def test_splitting_chosen_by_hand(scheme: str, dtype: torch.dtype | None, activa
 def test_one_forward_backward_step() -> None:
     """z <- relu(z - a ((I - W) z - b)), written down again."""
     weight, b, z = random_weight(0, 4, 0.5, 0.8), torch.randn(3, 4).double(), torch.rand(3, 4).double()
-    problem = FixedPointProblem(trace(layer(weight, "relu").cell), b, MonotoneTheory())
+    problem = FixedPointProblem(map=trace(layer(weight, "relu").cell), injection=b, theory=MonotoneTheory())
     step = ForwardBackward(problem, 0.2)
     torch.testing.assert_close(step.next_auxiliary(z), torch.relu(z - 0.2 * (z - z @ weight.t() - b)))
     default = ForwardBackward(problem, None).size

@@ -34,7 +34,8 @@ def fold_vmap(
         in_dims: the vmapped dimension of each argument, or None.
         arguments: as `apply` takes them; None is passed on.
         shared: positions of arguments that serve the whole batch, as weights do. Where one of them is vmapped itself,
-            the function is applied once for each of its values.
+            the function is applied once for each of its values; a tensor (batch, 0) among the ones returned says that there
+            is none for that value, and then there is none for any.
     """
     moved = [t if t is None or d is None else t.movedim(d, 0) for t, d in zip(arguments, in_dims, strict=True)]
     count = info.batch_size
@@ -45,7 +46,7 @@ def fold_vmap(
         ]
         if isinstance(parts[0], Tensor):
             return torch.stack(parts), 0
-        return tuple(torch.stack(same) for same in zip(*parts, strict=True)), (0,) * len(parts[0])
+        return tuple(_stacked(same) for same in zip(*parts, strict=True)), (0,) * len(parts[0])
     folded = [
         t if t is None or k in shared else (t.flatten(0, 1) if d is not None else t.repeat(count, *[1] * (t.dim() - 1)))
         for k, (t, d) in enumerate(zip(moved, in_dims, strict=True))
@@ -54,6 +55,12 @@ def fold_vmap(
     if isinstance(result, Tensor):
         return result.unflatten(0, (count, -1)), 0
     return tuple(t.unflatten(0, (count, -1)) for t in result), (0,) * len(result)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    if any(part.shape != parts[0].shape for part in parts):
+        parts = [part.new_empty(len(part), 0) for part in parts]
+    return torch.stack(tuple(parts))
 
 
 def refuse_nested_forward_mode() -> None:

@@ -186,7 +186,9 @@ def implicit_kernels(
     for rows in _blocks(count, x.device):
         source = state.sb * gram[rows]
         number = ((rows + 0.5) / count).unsqueeze(1)
-        problem = FixedPointProblem(Opaque.of(cell, independent=True), torch.cat([source.detach(), number], 1))
+        problem = FixedPointProblem(
+            map=Opaque.of(cell, independent=True), injection=torch.cat([source.detach(), number], 1)
+        )
         with torch.no_grad():
             solution = solver.solve(problem)
         h = solution.value[:, :-1]

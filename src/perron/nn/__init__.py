@@ -33,8 +33,6 @@ reading.layers(
     GraphEquilibrium,
     MonotoneConv2d,
     MonotoneLinear,
-    UnconstrainedConv2d,
-    UnconstrainedLinear,
     PositiveConcaveConv1d,
     PositiveConcaveConv2d,
     PositiveConcaveConv3d,
@@ -43,6 +41,8 @@ reading.layers(
     SubhomogeneousConv2d,
     SubhomogeneousConv3d,
     SubhomogeneousLinear,
+    UnconstrainedConv2d,
+    UnconstrainedLinear,
 )
 
 __all__ = [
@@ -57,8 +57,6 @@ __all__ = [
     "MonotoneLinear",
     "NeuralODE",
     "Normalize",
-    "UnconstrainedConv2d",
-    "UnconstrainedLinear",
     "PositiveConcaveConv1d",
     "PositiveConcaveConv2d",
     "PositiveConcaveConv3d",
@@ -68,6 +66,8 @@ __all__ = [
     "SubhomogeneousConv2d",
     "SubhomogeneousConv3d",
     "SubhomogeneousLinear",
+    "UnconstrainedConv2d",
+    "UnconstrainedLinear",
     "VariationalDropout",
     "penalties",
 ]

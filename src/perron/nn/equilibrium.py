@@ -56,7 +56,7 @@ def positive_injection(b: Tensor, injection: Injection) -> Tensor:
     return F.relu(b) if injection == "relu" else b
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """A fixed point as a layer computed it in a forward pass, with its derivatives: see `perron.nn.penalties`.
 
@@ -208,7 +208,7 @@ class Equilibrium(nn.Module):
         )
         recorder.expect(self._remember(posed.reported(solution)))
         for observe in self._observers:
-            observe(State(posed.map, posed.injection, value))
+            observe(State(map=posed.map, injection=posed.injection, value=value))
         value = posed.returned(value)
         self._count_batch(map, b, value)
         return value
@@ -288,12 +288,12 @@ class Equilibrium(nn.Module):
         if not isinstance(map, Chain):
             if isinstance(map, Opaque):
                 self._compare(map, b)
-            return FixedPointProblem(map, b)
+            return FixedPointProblem(map=map, injection=b)
         theory, sign = pose(map, _SIGNS[self.injection])
         # What a subclass or a hook makes of the input is checked as what is given.
         if self.injection == "given" or not reading.is_layer(self):
             check_injection(b, sign)
-        return FixedPointProblem(map, b, theory)
+        return FixedPointProblem(map=map, injection=b, theory=theory)
 
     def _compare(self, map: Opaque, b: Tensor) -> None:
         """Whether samples that are declared independent are."""

@@ -178,7 +178,9 @@ class Compiled(Auto):
 
         def run(tensors: list[Tensor], injection: Tensor, probes: list[Tensor]) -> tuple[Tensor, ...]:
             # Auto's own _solve only: the layers around it report failures and count.
-            found = Auto._solve(inner, FixedPointProblem(template.rebind(tensors), injection, theory), None)
+            found = Auto._solve(
+                inner, FixedPointProblem(map=template.rebind(tensors), injection=injection, theory=theory), None
+            )
             return *(getattr(found, name) for name in _SOLUTION), *(activation(v) for v in probes)
 
         return torch.compile(run, backend=self.backend, fullgraph=True, dynamic=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Majorant:
         """Of the steps behind the injection, with their own slope."""
         return replace(self, chain=self.chain.behind_injection()[1], slope=slope)
 
-    @property
+    @cached_property
     def maps(self) -> tuple[AffineMap, ...]:
         """M_1, ..., M_L."""
         return tuple(m for step in self.chain.affine for m in step.magnitude().channels())

@@ -162,7 +162,7 @@ def _equilibrium(layer: Equilibrium, path: str, box: Interval) -> Interval:
 
 
 def _solved(solver: Auto, chain: Chain, theory: Theory, b: Tensor) -> Solved:
-    found = solver.solve(FixedPointProblem(chain, b, theory))
+    found = solver.solve(FixedPointProblem(map=chain, injection=b, theory=theory))
     unknown = torch.full_like(b, torch.nan)
     return Solved(
         lower=unknown if found.lower is None else found.lower,
